@@ -1,0 +1,97 @@
+"""Every configuration key that d2_objssl adds to Detectron2's."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_objssl_config(cfg: CN) -> None:
+    """Add d2_objssl's keys, with defaults that leave Detectron2's own behaviour unchanged, to `cfg` (in place)."""
+    _add_model_config(cfg)
+    _add_input_config(cfg)
+    _add_solver_config(cfg)
+
+
+def _add_model_config(cfg: CN) -> None:
+    ssl = cfg.MODEL.SSL = CN()
+    # The pretraining method: a name of SSL_METHOD_REGISTRY. Used by MODEL.META_ARCHITECTURE "ObjectSSL" alone.
+    ssl.METHOD = "SlotCon"
+    # Backbone features that enter the projector; several are brought to one grid and concatenated.
+    ssl.IN_FEATURES = ["res5"]
+    # The feature whose grid the others are brought to; "" = the last of IN_FEATURES.
+    ssl.GRID_FEATURE = ""
+    # Which network the converter exports: "student" or "teacher".
+    ssl.EXPORT_BRANCH = "teacher"
+    # Memory layout of images and convolutions. True is faster wherever it was measured.
+    ssl.CHANNELS_LAST = True
+
+    ssl.TEACHER = CN()
+    ssl.TEACHER.ENABLED = True
+    # m of the exponential moving average  teacher <- m teacher + (1 - m) student,  at the first step.
+    ssl.TEACHER.MOMENTUM = 0.99
+    # "cosine": from MOMENTUM to 1 over the run. "constant".
+    ssl.TEACHER.MOMENTUM_SCHEDULE = "cosine"
+
+    # The projector maps every cell (or region) to the embedding space; the predictor only exists in the student.
+    for name in ("PROJECTOR", "PREDICTOR"):
+        head = ssl[name] = CN()
+        head.NUM_FC = 3
+        head.FC_DIM = 4096
+        head.OUT_DIM = 256
+        head.NORM = "SyncBN"
+        head.ACTIVATION = "gelu"
+
+    slotcon = ssl.SLOTCON = CN()
+    slotcon.NUM_PROTOTYPES = 256  # K
+    slotcon.STUDENT_TEMP = 0.1  # tau_s, divides the student's scores in the grouping loss
+    slotcon.TEACHER_TEMP = 0.07  # tau_t, divides the teacher's scores there, and all scores in the assignment
+    slotcon.SLOT_TEMP = 0.2  # tau_c of the slot-level contrastive loss
+    slotcon.CENTER_MOMENTUM = 0.9  # of the centre c
+    slotcon.GROUP_LOSS_WEIGHT = 0.5  # lambda_g; the slot loss gets 1 - lambda_g
+    slotcon.ALIGN = "assignment"  # where views are aligned: "assignment" | "projection" (supplement, Table 3c)
+    slotcon.SLOT_LOSS = "contrastive"  # "contrastive" | "regression" (supplement, Table 3b)
+    slotcon.IMAGE_LOSS_WEIGHT = 0.0  # of the MoCo-v3 image-level loss (supplement, Table 3d)
+
+
+def _add_input_config(cfg: CN) -> None:
+    ssl = cfg.INPUT.SSL = CN()
+    # Number of augmented views of an image. 0: the mapper is Detectron2's DatasetMapper, for fine-tuning.
+    ssl.NUM_VIEWS = 0
+    ssl.CROP_SIZE = 224  # side of a view, pixels
+    ssl.CROP_SCALE = (0.08, 1.0)  # area of a crop, as a share of the image's
+    ssl.CROP_RATIO = (3.0 / 4.0, 4.0 / 3.0)  # width / height of a crop
+    # Later crops are redrawn (at most 10 times) until they share this part of their own area with the first crop.
+    ssl.MIN_OVERLAP = 0.01
+    # False: all views show the same crop, unflipped; only the photometric part differs (supplement, Table 3e).
+    ssl.GEOMETRIC = True
+    ssl.FLIP_PROB = 0.5
+    # Colour jitter: probability, then the strengths as in torchvision's ColorJitter.
+    ssl.COLOR_JITTER_PROB = 0.8
+    ssl.BRIGHTNESS = 0.4
+    ssl.CONTRAST = 0.4
+    ssl.SATURATION = 0.2
+    ssl.HUE = 0.1
+    ssl.GRAYSCALE_PROB = 0.2
+    # One probability a view; the last one serves the views beyond the list.
+    ssl.BLUR_PROB = [1.0, 0.1]
+    ssl.BLUR_SIGMA = (0.1, 2.0)  # standard deviation of the blur, pixels of the view
+    ssl.SOLARIZE_PROB = [0.0, 0.2]
+
+
+def _add_solver_config(cfg: CN) -> None:
+    solver = cfg.SOLVER
+    solver.OPTIMIZER = "SGD"  # "SGD" | "LARS" | "ADAMW"
+    solver.LARS_TRUST_COEFFICIENT = 0.001  # eta
+    solver.ADAMW_BETAS = (0.9, 0.999)
+    # > 0: the learning rate is BASE_LR * IMS_PER_BATCH / REFERENCE_BATCH (linear scaling). 0: it is BASE_LR.
+    solver.REFERENCE_BATCH = 0
+    # > 0: MAX_ITER, WARMUP_ITERS, STEPS and CHECKPOINT_PERIOD are computed from these and the data set's size.
+    solver.MAX_EPOCHS = 0.0
+    solver.WARMUP_EPOCHS = 0.0
+    solver.STEPS_EPOCHS = ()  # for LR_SCHEDULER_NAME "WarmupMultiStepLR"
+    solver.CHECKPOINT_EPOCHS = 0.0  # 0: CHECKPOINT_PERIOD, in iterations, stands
+    # How many periodic checkpoints stay on disk; 0 keeps all.
+    solver.MAX_TO_KEEP = 0
+    # Precision of autocast where SOLVER.AMP.ENABLED: "bfloat16" | "float16" (the latter with a gradient scaler).
+    solver.AMP.DTYPE = "bfloat16"
+
+    # Unreadable images are replaced by others and counted. More than this share of the images seen stops the run.
+    cfg.DATALOADER.MAX_BAD_IMAGES = 0.05

@@ -1,0 +1,16 @@
+"""Datasets, augmentations, the mapper and the training loader."""
+
+from . import datasets  # noqa: F401  (fills the catalogs)
+from .build import build_test_loader, build_train_loader
+from .collation import SSLBatch, collate_views
+from .dataset_mapper import ObjSSLDatasetMapper
+from .datasets import register_image_folders
+
+__all__ = [
+    "ObjSSLDatasetMapper",
+    "SSLBatch",
+    "build_test_loader",
+    "build_train_loader",
+    "collate_views",
+    "register_image_folders",
+]

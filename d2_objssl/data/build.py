@@ -1,0 +1,309 @@
+"""The training loader of both phases: its order and its randomness are functions of (seed, position) alone.
+
+Every sample of the endless stream has a position. Its index follows from a permutation seeded by (seed, epoch), its
+augmentation from (seed, position). So a run that resumes at iteration i seeks to batch i and goes on exactly as the
+uninterrupted run, whatever the number of workers, and W processes with batch B see what one process with W B sees
+(with aspect-ratio grouping every process fills batches of its own, as in Detectron2).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetFromList,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.samplers import RepeatFactorTrainingSampler
+from detectron2.utils import comm
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .collation import collate_views
+from .dataset_mapper import ObjSSLDatasetMapper
+from .datasets import register_image_folders
+
+logger = logging.getLogger(__name__)
+
+# What reading a broken image raises: OSError covers PIL's UnidentifiedImageError and missing or truncated files.
+_UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError, cv2.error)
+_MAX_ATTEMPTS = 20
+
+SampleKey = tuple[int, int, int]  # (index in the data set, position in the stream, seed)
+
+
+class ResumableBatchSampler(Sampler[list[SampleKey]]):
+    """Endless batches of `SampleKey` for this process; starts at any batch."""
+
+    def __init__(
+        self,
+        dataset_size: int,
+        total_batch_size: int,
+        *,
+        seed: int,
+        groups: np.ndarray | None = None,
+        repeat_factors: np.ndarray | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        """
+        Args:
+            dataset_size: number of images.
+            total_batch_size: images of all processes per batch.
+            seed: of the order and of the augmentations.
+            groups: (dataset_size,) integers; a batch holds images of one group (aspect-ratio grouping). None: one.
+            repeat_factors: (dataset_size,) floats, how often an image appears per epoch on average. None: once.
+            rank, world_size: of the processes; default: the current ones.
+
+        Raises:
+            ValueError: if there is no image, or the batch cannot be shared out evenly.
+        """
+        self.rank = comm.get_rank() if rank is None else rank
+        self.world_size = comm.get_world_size() if world_size is None else world_size
+        if dataset_size < 1:
+            raise ValueError("The training set is empty")
+        if total_batch_size < 1 or total_batch_size % self.world_size:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH is {total_batch_size}; it must be a positive multiple of the number of "
+                f"processes, {self.world_size}"
+            )
+        self.dataset_size = dataset_size
+        self.batch_size = total_batch_size // self.world_size
+        self.seed = seed
+        self.groups = groups
+        self.repeat_factors = repeat_factors
+        self.start_batch = 0
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng((self.seed, epoch))
+        if self.repeat_factors is None:
+            return rng.permutation(self.dataset_size)
+        whole = np.floor(self.repeat_factors)
+        repeats = whole + (rng.random(self.dataset_size) < self.repeat_factors - whole)
+        return rng.permutation(np.repeat(np.arange(self.dataset_size), repeats.astype(np.int64)))
+
+    def _stream(self, start: int) -> Iterator[tuple[int, int]]:
+        """(position, index) of all processes from position `start` on."""
+        first = 0
+        for epoch in itertools.count():
+            if self.repeat_factors is None and first + self.dataset_size <= start:
+                first += self.dataset_size
+                continue
+            order = self._epoch_order(epoch)
+            for i in range(max(start - first, 0), len(order)):
+                yield first + i, int(order[i])
+            first += len(order)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        total = self.batch_size * self.world_size
+        if self.groups is None:
+            stream = self._stream(self.start_batch * total)
+            mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+            while True:
+                batch = list(itertools.islice(stream, total))[mine]
+                yield [(index, position, self.seed) for position, index in batch]
+        # Batches of one group fill up at different times, so seeking means replaying the (cheap) order.
+        buckets: dict[int, list[SampleKey]] = {}
+        number = 0
+        for position, index in itertools.islice(self._stream(0), self.rank, None, self.world_size):
+            bucket = buckets.setdefault(int(self.groups[index]), [])
+            bucket.append((index, position, self.seed))
+            if len(bucket) == self.batch_size:
+                if number >= self.start_batch:
+                    yield list(bucket)
+                bucket.clear()
+                number += 1
+
+
+@contextmanager
+def _seeded(seed: int, position: int) -> Iterator[None]:
+    """Seed the global generators for one sample, and give them back as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    entropy = np.random.SeedSequence((seed, position)).generate_state(3)
+    random.seed(int(entropy[0]))
+    np.random.seed(entropy[1])
+    torch.default_generator.manual_seed(int(entropy[2]))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class MappedDataset(Dataset):
+    """A data set whose samples are addressed by `SampleKey`; an unreadable image is replaced by another one.
+
+    The replacement follows from the sample's seed. The mapped dict of a replaced sample has the extra key "replaced", a
+    list of (path, reason).
+    """
+
+    def __init__(self, dataset: Sequence[dict[str, Any]], mapper: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self.dataset = dataset
+        self.mapper = mapper
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        index, position, seed = key
+        fallback = np.random.default_rng((seed, position, 1))
+        replaced: list[tuple[str, str]] = []
+        for _ in range(_MAX_ATTEMPTS):
+            dataset_dict = self.dataset[index]
+            try:
+                with _seeded(seed, position):
+                    mapped = self.mapper(dataset_dict)
+            except _UNREADABLE as error:
+                replaced.append((str(dataset_dict["file_name"]), f"{type(error).__name__}: {error}"))
+                index = int(fallback.integers(len(self.dataset)))
+                continue
+            if replaced:
+                mapped["replaced"] = replaced
+            return mapped
+        path, reason = replaced[-1]
+        raise RuntimeError(
+            f"{_MAX_ATTEMPTS} images drawn in a row could not be read; the last one was {path} ({reason}). "
+            "Check DATASETS.TRAIN."
+        )
+
+
+class TrainLoader:
+    """Iterable of training batches that starts anywhere and keeps count of unreadable images.
+
+    Attributes:
+        num_images: size of the data set.
+        sampler: the `ResumableBatchSampler`.
+        num_bad: how many samples were replaced so far in this process.
+    """
+
+    def __init__(self, loader: DataLoader, num_images: int, max_bad: float) -> None:
+        self.loader = loader
+        self.num_images = num_images
+        self.max_bad = max_bad
+        self.sampler: ResumableBatchSampler = loader.batch_sampler  # type: ignore[assignment]
+        self.num_seen = 0
+        self.num_bad = 0
+        self._bad_files: set[str] = set()
+
+    def seek(self, batch: int) -> None:
+        """Let the next iterator start with this batch of the stream."""
+        self.sampler.start_batch = batch
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            self._count(batch)
+            yield batch
+
+    def from_start(self) -> Iterator[Any]:
+        """Iterate from the first batch on, in this process, whatever the position of other iterators."""
+        sampler = copy.copy(self.sampler)
+        sampler.start_batch = 0
+        return iter(DataLoader(self.loader.dataset, batch_sampler=sampler, collate_fn=self.loader.collate_fn))
+
+    def _count(self, batch: Any) -> None:
+        replaced = getattr(batch, "replaced", None)
+        if replaced is None:
+            replaced = [r for d in batch for r in d.pop("replaced", ())]
+        self.num_seen += len(batch) + len(replaced)
+        self.num_bad += len(replaced)
+        for path, reason in replaced:
+            if path not in self._bad_files:
+                self._bad_files.add(path)
+                logger.warning("Cannot read %s (%s); another image takes its place.", path, reason)
+        if self.num_bad > 10 and self.num_bad > self.max_bad * self.num_seen:
+            raise RuntimeError(
+                f"{self.num_bad} of {self.num_seen} images could not be read, more than DATALOADER.MAX_BAD_IMAGES "
+                f"({self.max_bad:.0%}) allows; {len(self._bad_files)} files, for example {sorted(self._bad_files)[:3]}"
+            )
+
+
+def _init_worker(worker_id: int) -> None:
+    cv2.setNumThreads(0)
+
+
+def load_dataset_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
+    """Dataset dicts of DATASETS.TRAIN; for pretraining only the paths, without the labels.
+
+    Raises:
+        FileNotFoundError, ValueError: for a folder that is missing or holds no image.
+    """
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN is empty; name a data set, or a folder as ('images:/path/to/folder',)")
+    register_image_folders(cfg.DATASETS.TRAIN)
+    dicts = get_detection_dataset_dicts(
+        list(cfg.DATASETS.TRAIN),
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and cfg.INPUT.SSL.NUM_VIEWS == 0,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    if cfg.INPUT.SSL.NUM_VIEWS > 0:
+        return [{k: d[k] for k in ("file_name", "image_id") if k in d} for d in dicts]
+    return dicts
+
+
+def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> TrainLoader:
+    """Build the loader of DATASETS.TRAIN for pretraining (INPUT.SSL.NUM_VIEWS > 0) or fine-tuning.
+
+    Args:
+        cfg: DATASETS.TRAIN, DATALOADER.*, SOLVER.IMS_PER_BATCH, INPUT.SSL.NUM_VIEWS and SEED are read.
+        mapper: default `ObjSSLDatasetMapper(cfg, True)`.
+
+    Returns:
+        Loader of `SSLBatch` in pretraining, of lists of dicts in fine-tuning.
+    """
+    dicts = load_dataset_dicts(cfg)
+    pretrain = cfg.INPUT.SSL.NUM_VIEWS > 0
+    groups = repeat_factors = None
+    if not pretrain and cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        groups = np.array([d["width"] > d["height"] for d in dicts], dtype=np.int8)
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "RepeatFactorTrainingSampler":
+        repeat_factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+        ).numpy()
+    elif name != "TrainingSampler":
+        raise ValueError(
+            f'DATALOADER.SAMPLER_TRAIN is "{name}"; those that resume: "TrainingSampler", "RepeatFactorTrainingSampler"'
+        )
+    sampler = ResumableBatchSampler(
+        len(dicts),
+        cfg.SOLVER.IMS_PER_BATCH,
+        seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+        groups=groups,
+        repeat_factors=repeat_factors,
+    )
+    # Serialised to one array: the memory of the workers does not grow by reference counting.
+    dataset = MappedDataset(DatasetFromList(dicts, copy=False), mapper or ObjSSLDatasetMapper(cfg, True))
+    loader: DataLoader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=collate_views if pretrain else _no_collation,
+        worker_init_fn=_init_worker,
+        pin_memory=torch.cuda.is_available() and cfg.MODEL.DEVICE.startswith("cuda"),
+        # The loader draws a base seed when it starts; from a generator of its own, so that the global one stays put.
+        generator=torch.Generator().manual_seed(0),
+    )
+    return TrainLoader(loader, len(dicts), cfg.DATALOADER.MAX_BAD_IMAGES)
+
+
+def _no_collation(batch: list[Any]) -> list[Any]:
+    return batch
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
+    """Detectron2's test loader with this package's mapper."""
+    register_image_folders([dataset_name])
+    return build_detection_test_loader(cfg, dataset_name, mapper=ObjSSLDatasetMapper(cfg, False))

@@ -1,0 +1,150 @@
+"""One mapper for both phases: Detectron2's own for fine-tuning, V augmented views of an image for pretraining."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+from fvcore.transforms.transform import NoOpTransform, Transform, TransformList
+
+from ..geometry import image_to_view
+from .augmentation import FastHFlipTransform, ResizedCropTransform, build_view_augmentations, sample_crop_boxes
+from .image_reading import read_rgb_image
+
+logger = logging.getLogger(__name__)
+
+
+class ObjSSLDatasetMapper(DatasetMapper):
+    """Detectron2's `DatasetMapper`, plus views.
+
+    With `INPUT.SSL.NUM_VIEWS` 0 its outputs equal those of `DatasetMapper`. Otherwise, in training, it returns
+    {"file_name", "image_id", "height", "width", "views"}: one dict a view with "image" (3, S, S) uint8 RGB, "crop_box"
+    (4,) float32 XYXY_ABS in original-image pixels and "hflip" bool. All randomness is drawn from `numpy.random`.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        is_train: bool,
+        *,
+        num_views: int = 0,
+        crop_size: int = 224,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        min_overlap: float = 0.01,
+        geometric: bool = True,
+        flip_prob: float = 0.5,
+        view_augmentations: list[list[T.Augmentation]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            is_train: whether it serves training; otherwise images come whole.
+            num_views: V; 0 for fine-tuning.
+            crop_size: S, pixels.
+            crop_scale, crop_ratio: ranges of a crop's share of the area and of its width / height.
+            min_overlap: share of its own area that a later view has in common with the first one, if possible.
+            geometric: False: all views show one crop, unflipped.
+            flip_prob: probability of a horizontal flip.
+            view_augmentations: photometric augmentations of each view.
+            **kwargs: arguments of `DatasetMapper`.
+        """
+        super().__init__(is_train, **kwargs)
+        self.num_views = num_views
+        self.crop_size = crop_size
+        self.crop_scale = crop_scale
+        self.crop_ratio = crop_ratio
+        self.min_overlap = min_overlap
+        self.geometric = geometric
+        self.flip_prob = flip_prob
+        self.view_augmentations = view_augmentations or []
+        assert len(self.view_augmentations) == num_views
+        for v, augmentations in enumerate(self.view_augmentations):
+            logger.info("View %d: crop to %d px, then %s", v, crop_size, augmentations)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """Read INPUT.SSL, and whatever `DatasetMapper` reads."""
+        ssl = cfg.INPUT.SSL
+        num_views = ssl.NUM_VIEWS if is_train else 0
+        if num_views == 0:
+            return super().from_config(cfg, is_train)
+        if cfg.INPUT.FORMAT != "RGB":
+            raise ValueError(f'INPUT.FORMAT is "{cfg.INPUT.FORMAT}"; pretraining works on RGB')
+        return {
+            "is_train": is_train,
+            "augmentations": [],
+            "image_format": cfg.INPUT.FORMAT,
+            "num_views": num_views,
+            "crop_size": ssl.CROP_SIZE,
+            "crop_scale": tuple(ssl.CROP_SCALE),
+            "crop_ratio": tuple(ssl.CROP_RATIO),
+            "min_overlap": ssl.MIN_OVERLAP,
+            "geometric": ssl.GEOMETRIC,
+            "flip_prob": ssl.FLIP_PROB,
+            "view_augmentations": build_view_augmentations(
+                num_views=num_views,
+                brightness=ssl.BRIGHTNESS,
+                contrast=ssl.CONTRAST,
+                saturation=ssl.SATURATION,
+                hue=ssl.HUE,
+                jitter_prob=ssl.COLOR_JITTER_PROB,
+                grayscale_prob=ssl.GRAYSCALE_PROB,
+                blur_probs=_per_view(ssl.BLUR_PROB, num_views, "INPUT.SSL.BLUR_PROB"),
+                blur_sigma=tuple(ssl.BLUR_SIGMA),
+                solarize_probs=_per_view(ssl.SOLARIZE_PROB, num_views, "INPUT.SSL.SOLARIZE_PROB"),
+            ),
+        }
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """Map one dataset dict; see the class."""
+        if self.num_views == 0:
+            return super().__call__(dataset_dict)
+        image = read_rgb_image(dataset_dict["file_name"])
+        height, width = image.shape[:2]
+        boxes = sample_crop_boxes(
+            height,
+            width,
+            num_views=self.num_views,
+            scale=self.crop_scale,
+            ratio=self.crop_ratio,
+            min_overlap=self.min_overlap,
+            same_crop=not self.geometric,
+        )
+        return {
+            "file_name": dataset_dict["file_name"],
+            "image_id": dataset_dict.get("image_id"),
+            "height": height,
+            "width": width,
+            "views": [
+                self._make_view(image, box, augmentations)
+                for box, augmentations in zip(boxes, self.view_augmentations, strict=True)
+            ],
+        }
+
+    def _make_view(self, image: np.ndarray, box: np.ndarray, augmentations: list[T.Augmentation]) -> dict[str, Any]:
+        """Crop, flip and colour one view; `box` is XYXY in whole pixels of the image."""
+        height, width = image.shape[:2]
+        x0, y0, x1, y1 = (int(v) for v in box)
+        crop = ResizedCropTransform(x0, y0, x1 - x0, y1 - y0, self.crop_size, height, width)
+        flip: Transform = NoOpTransform()
+        if self.geometric and np.random.uniform() < self.flip_prob:
+            flip = FastHFlipTransform(self.crop_size)
+        aug_input = T.AugInput(flip.apply_image(crop.apply_image(image)))
+        photometric = T.AugmentationList(augmentations)(aug_input)
+        transforms = TransformList([crop, flip]) + photometric
+        crop_box, hflip = image_to_view(transforms, aug_input.image.shape[:2])
+        pixels = torch.from_numpy(np.ascontiguousarray(aug_input.image))
+        return {"image": pixels.permute(2, 0, 1), "crop_box": torch.from_numpy(crop_box), "hflip": hflip}
+
+
+def _per_view(values: list[float], num_views: int, key: str) -> list[float]:
+    """One value a view; the last one serves the views beyond the list."""
+    if not values:
+        raise ValueError(f"{key} is empty; it needs a probability per view")
+    return [values[min(v, len(values) - 1)] for v in range(num_views)]

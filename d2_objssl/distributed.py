@@ -1,0 +1,60 @@
+"""The only calls of torch.distributed in the package. Every function is the identity at world size 1."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+from torch import Tensor
+
+
+def gather_rows(x: Tensor) -> tuple[Tensor, int]:
+    """Concatenate the rows of all processes, which may differ in number. Without gradient.
+
+    Args:
+        x: (n, ...) rows of this process; n may be 0.
+
+    Returns:
+        rows: (n of process 0 + n of process 1 + ..., ...).
+        offset: index of this process' first row.
+    """
+    x = x.detach()
+    if comm.get_world_size() == 1:
+        return x, 0
+    count = torch.tensor([x.shape[0]], device=x.device)
+    counts_list = [torch.empty_like(count) for _ in range(comm.get_world_size())]
+    dist.all_gather(counts_list, count)
+    counts = [int(c) for c in torch.cat(counts_list).tolist()]
+    padded = x.new_zeros((max(counts), *x.shape[1:]))
+    padded[: x.shape[0]] = x
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    rows = torch.cat([g[:c] for g, c in zip(gathered, counts, strict=True)])
+    return rows, sum(counts[: comm.get_rank()])
+
+
+def gather_keys(x: Tensor) -> tuple[Tensor, int]:
+    """Concatenate equally shaped tensors of all processes in rank order. Without gradient.
+
+    Args:
+        x: (N, ...) of this process.
+
+    Returns:
+        keys: (G, ...), G = N times the number of processes.
+        rank_offset: index of this process' first row.
+    """
+    x = x.detach().contiguous()
+    if comm.get_world_size() == 1:
+        return x, 0
+    gathered = [torch.empty_like(x) for _ in range(comm.get_world_size())]
+    dist.all_gather(gathered, x)
+    return torch.cat(gathered), comm.get_rank() * x.shape[0]
+
+
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """Mean of `x` over the processes. Without gradient."""
+    x = x.detach().clone()
+    if comm.get_world_size() == 1:
+        return x
+    dist.all_reduce(x)
+    return x / comm.get_world_size()

@@ -1,0 +1,181 @@
+"""Hooks: the teacher's moving average, precise batch-norm statistics, the state of the random generators."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from fvcore.nn.precise_bn import update_bn_stats
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+def ema_momentum(step: int, total_steps: int, base: float, schedule: str = "cosine") -> float:
+    """Momentum m of the teacher's update that precedes its forward pass number `step`.
+
+    Args:
+        step: k, counted from 0.
+        total_steps: T.
+        base: m_0.
+        schedule: "cosine": 1 - (1 - m_0) (cos(pi k / T) + 1) / 2. "constant": m_0.
+
+    Raises:
+        ValueError: for an unknown schedule.
+
+    Source: BYOL; SlotCon and DetCon use the cosine, CYBORGS the constant.
+    """
+    if schedule == "constant":
+        return base
+    if schedule == "cosine":
+        return 1 - (1 - base) * (math.cos(math.pi * step / total_steps) + 1) / 2
+    raise ValueError(f'MODEL.SSL.TEACHER.MOMENTUM_SCHEDULE is "{schedule}"; known: "cosine", "constant"')
+
+
+class EMATeacher(HookBase):
+    """Move the teacher's parameters towards the student's after every optimiser step.
+
+    After step k this makes the update that the papers make before the teacher's forward pass k + 1. It depends on the
+    iteration alone, so it needs no state to resume. Batch-norm buffers stay the teacher's own.
+    """
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, momentum: float, schedule: str) -> None:
+        """
+        Args:
+            teacher, student: modules with equal parameters, in equal order.
+            momentum, schedule: see `ema_momentum`.
+        """
+        ema_momentum(0, 1, momentum, schedule)  # an unknown schedule is found now, not after the first step
+        self._teacher = [p.data for p in teacher.parameters()]
+        self._student = [p.data for p in student.parameters()]
+        assert [p.shape for p in self._teacher] == [p.shape for p in self._student]
+        self._momentum = momentum
+        self._schedule = schedule
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move the teacher."""
+        step = self.trainer.iter + 1
+        momentum = ema_momentum(step, self.trainer.max_iter, self._momentum, self._schedule)
+        torch._foreach_lerp_(self._teacher, self._student, 1 - momentum)
+        if step % 20 == 0:
+            self.trainer.storage.put_scalar("teacher_momentum", momentum, smoothing_hint=False)
+
+
+class PreciseBN(HookBase):
+    """Replace the running averages of batch-norm layers by averages over some batches.
+
+    As Detectron2's hook of that name, but every time over the same batches: it has no position for a resumed run to lose.
+    """
+
+    def __init__(self, period: int, model: nn.Module, batches: Callable[[], Iterable[Any]], num_iter: int) -> None:
+        """
+        Args:
+            period: iterations between updates; one more follows the last iteration. 0: that one only.
+            model: its layers in training mode are updated.
+            batches: starts an iteration over training batches.
+            num_iter: how many batches to average over.
+        """
+        self._period = period
+        self._model = model
+        self._batches = batches
+        self._num_iter = num_iter
+
+    def after_step(self) -> None:
+        """Update when it is time."""
+        step = self.trainer.iter + 1
+        if step == self.trainer.max_iter or (self._period > 0 and step % self._period == 0):
+            with EventStorage():  # what the model logs here is of no training step
+                update_bn_stats(self._model, self._batches(), self._num_iter)
+
+
+class RandomState(HookBase):
+    """Keep the random generators of every process in the checkpoint.
+
+    Must come before the hook that writes checkpoints, in every process.
+    """
+
+    def __init__(self, period: int) -> None:
+        """
+        Args:
+            period: iterations between checkpoints.
+        """
+        self._period = period
+        self._saved: list[dict[str, Any]] = []
+        self._own: dict[str, Any] | None = None  # state of this process that the next step starts with
+        self._pending: list[dict[str, Any]] = []
+
+    def before_step(self) -> None:
+        """Before the first step after a checkpoint or a resume, put the generators back."""
+        if self._own is not None:
+            # An evaluation after the checkpoint has drawn numbers, and a resumed run does not repeat it.
+            _set_random_state(self._own)
+            self._own = None
+        if not self._pending:
+            return
+        if len(self._pending) == comm.get_world_size():
+            _set_random_state(self._pending[comm.get_rank()])
+        else:
+            logger.warning(
+                "The checkpoint was written by %d processes, now there are %d: the random generators start anew.",
+                len(self._pending),
+                comm.get_world_size(),
+            )
+        self._pending = []
+
+    def after_step(self) -> None:
+        """Gather the states whenever a checkpoint is due."""
+        step = self.trainer.iter + 1
+        if step == self.trainer.max_iter or (self._period > 0 and step % self._period == 0):
+            self.collect()
+
+    def collect(self) -> None:
+        """Gather the states of all processes; to be called in all of them."""
+        self._own = _get_random_state()
+        self._saved = comm.gather(self._own)
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of all processes, as of the last checkpoint that was due."""
+        return {"ranks": self._saved} if self._saved else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the states up; they are set before the next step."""
+        self._pending = state_dict["ranks"]
+
+
+def _get_random_state() -> dict[str, Any]:
+    """Tensors and plain containers only, so that checkpoints load with weights_only."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "python": [version, list(internal), gauss],
+        "numpy": [
+            name,
+            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

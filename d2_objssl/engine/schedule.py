@@ -1,0 +1,103 @@
+"""From epochs to iterations, from a reference batch to a learning rate, from SyncBN to what the processes allow."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_schedule(cfg: CfgNode, num_images: int) -> CfgNode:
+    """Turn SOLVER.*_EPOCHS and SOLVER.REFERENCE_BATCH into Detectron2's own keys, and log the result.
+
+    An epoch is `num_images / IMS_PER_BATCH` iterations (not rounded: the data order runs on over the end of an epoch).
+
+    Returns:
+        A frozen copy of `cfg` with BASE_LR, MAX_ITER, WARMUP_ITERS, STEPS and CHECKPOINT_PERIOD filled in, and the keys
+        that they came from set to 0, so that resolving it again changes nothing.
+
+    Raises:
+        ValueError: if the run would be shorter than its warm-up, or have no iteration.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    solver = cfg.SOLVER
+    per_epoch = num_images / solver.IMS_PER_BATCH
+    if solver.MAX_EPOCHS > 0:
+        solver.MAX_ITER = int(per_epoch * solver.MAX_EPOCHS)
+        solver.WARMUP_ITERS = round(per_epoch * solver.WARMUP_EPOCHS)
+        solver.STEPS = tuple(int(per_epoch * e) for e in solver.STEPS_EPOCHS)
+        if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and not solver.STEPS:
+            logger.warning("SOLVER.STEPS_EPOCHS is empty: the learning rate stays constant after the warm-up.")
+        if solver.CHECKPOINT_EPOCHS > 0:
+            solver.CHECKPOINT_PERIOD = max(round(per_epoch * solver.CHECKPOINT_EPOCHS), 1)
+    if solver.REFERENCE_BATCH > 0:
+        solver.BASE_LR = solver.BASE_LR * solver.IMS_PER_BATCH / solver.REFERENCE_BATCH
+    if solver.MAX_ITER < 1:
+        raise ValueError(
+            f"SOLVER.MAX_EPOCHS {solver.MAX_EPOCHS} of {num_images} images in batches of {solver.IMS_PER_BATCH} "
+            "(SOLVER.IMS_PER_BATCH) are less than one iteration"
+        )
+    if 0 < solver.MAX_ITER <= solver.WARMUP_ITERS:
+        raise ValueError(
+            f"The warm-up ({solver.WARMUP_ITERS} iterations; SOLVER.WARMUP_ITERS or WARMUP_EPOCHS) is not shorter than "
+            f"the run ({solver.MAX_ITER}; SOLVER.MAX_ITER or MAX_EPOCHS)"
+        )
+    solver.MAX_EPOCHS = solver.WARMUP_EPOCHS = solver.CHECKPOINT_EPOCHS = 0.0
+    solver.STEPS_EPOCHS = ()
+    solver.REFERENCE_BATCH = 0
+    logger.info(
+        "Schedule: %d images, batch %d, %.2f iterations an epoch; %d iterations (%.1f epochs), warm-up %d, "
+        "peak learning rate %g, %s with %s, a checkpoint every %d iterations",
+        num_images,
+        solver.IMS_PER_BATCH,
+        per_epoch,
+        solver.MAX_ITER,
+        solver.MAX_ITER / per_epoch,
+        solver.WARMUP_ITERS,
+        solver.BASE_LR,
+        solver.OPTIMIZER,
+        solver.LR_SCHEDULER_NAME,
+        solver.CHECKPOINT_PERIOD,
+    )
+    cfg.freeze()
+    return cfg
+
+
+def resolve_norms(cfg: CfgNode) -> CfgNode:
+    """Replace SyncBN where it cannot run: by BN in a single process, by naiveSyncBN in several on CPUs.
+
+    Returns:
+        A frozen copy of `cfg`, or `cfg` itself where nothing had to change.
+    """
+    world_size = comm.get_world_size()
+    if world_size > 1 and cfg.MODEL.DEVICE.startswith("cuda"):
+        return cfg
+    norm, reason = ("BN", "there is one process") if world_size == 1 else ("naiveSyncBN", "SyncBN needs GPUs")
+    cfg = cfg.clone()
+    cfg.defrost()
+    changed = []
+    for path, node in _walk(cfg.MODEL, "MODEL"):
+        if node.get("NORM") == "SyncBN":
+            node.NORM = norm
+            changed.append(f"{path}.NORM")
+    cfg.freeze()
+    if changed:
+        logger.warning("SyncBN is replaced by %s in %s: %s", norm, ", ".join(changed), reason)
+    return cfg
+
+
+def uses_norm(cfg: CfgNode, norm: str) -> bool:
+    """Tell whether any NORM below cfg.MODEL has this name."""
+    return any(node.get("NORM") == norm for _, node in _walk(cfg.MODEL, "MODEL"))
+
+
+def _walk(node: CfgNode, path: str) -> Iterator[tuple[str, CfgNode]]:
+    yield path, node
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _walk(value, f"{path}.{key}")

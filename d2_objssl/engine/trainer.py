@@ -1,0 +1,286 @@
+"""One trainer for pretraining and fine-tuning: Detectron2's DefaultTrainer with exact resume and AMP on any device."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from fvcore.nn.precise_bn import get_bn_modules
+from torch import nn
+
+from ..checkpoint import ObjSSLCheckpointer, checkpoint_metadata
+from ..data import build_test_loader, build_train_loader
+from ..data.build import TrainLoader
+from ..evaluation.build import build_evaluator
+from .hooks import EMATeacher, PreciseBN, RandomState
+from .optimizer import build_optimizer
+from .schedule import resolve_norms, resolve_schedule, uses_norm
+
+logger = logging.getLogger(__name__)
+
+
+def amp_dtype(cfg: CfgNode) -> torch.dtype | None:
+    """Autocast's data type by SOLVER.AMP; None without AMP.
+
+    Raises:
+        ValueError: for an unknown SOLVER.AMP.DTYPE.
+    """
+    if not cfg.SOLVER.AMP.ENABLED:
+        return None
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    if cfg.SOLVER.AMP.DTYPE not in known:
+        raise ValueError(f'SOLVER.AMP.DTYPE is "{cfg.SOLVER.AMP.DTYPE}"; known: {sorted(known)}')
+    dtype = known[cfg.SOLVER.AMP.DTYPE]
+    if uses_norm(cfg, "naiveSyncBN"):
+        logger.warning("AMP is off: naiveSyncBN would compute its variance in half precision.")
+        return None
+    if dtype is torch.float16 and not cfg.MODEL.DEVICE.startswith("cuda"):
+        logger.warning('SOLVER.AMP.DTYPE "float16" is meant for GPUs; on %s bfloat16 is used.', cfg.MODEL.DEVICE)
+        return torch.bfloat16
+    return dtype
+
+
+class TrainStep(SimpleTrainer):
+    """A training step under autocast, guarded against losses that are not finite."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable[Any],
+        optimizer: torch.optim.Optimizer,
+        *,
+        device_type: str,
+        dtype: torch.dtype | None,
+        output_dir: str,
+    ) -> None:
+        """
+        Args:
+            model, data_loader, optimizer: as in `SimpleTrainer`.
+            device_type: "cuda" or "cpu".
+            dtype: autocast's data type; None: no autocast. float16 comes with a gradient scaler.
+            output_dir: where the batch with a loss that is not finite is saved.
+        """
+        super().__init__(model, data_loader, optimizer)
+        self.device_type = device_type
+        self.dtype = dtype
+        self.output_dir = output_dir
+        self.grad_scaler = torch.amp.GradScaler(device_type, enabled=dtype is torch.float16)
+
+    def run_step(self) -> None:
+        """Forward, backward, step."""
+        assert self.model.training, "the model was left in eval mode"
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        try:
+            with torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not None):
+                loss_dict = self.model(data)
+                losses = sum(loss_dict.values())
+        except FloatingPointError as error:  # Detectron2's RPN finds NaN before there is a loss
+            raise self._not_finite(str(error), data) from error
+        # Before it reaches the weights.
+        if not torch.isfinite(losses.detach()):
+            raise self._not_finite(str({k: v.item() for k, v in loss_dict.items()}), data)
+        self.optimizer.zero_grad()
+        self.grad_scaler.scale(losses).backward()
+        self.after_backward()
+        self._write_metrics(loss_dict, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def _not_finite(self, found: str, data: Any) -> FloatingPointError:
+        """Save the batch, and make the error that names the iteration, what was found, the file, the last checkpoint."""
+        path = os.path.join(self.output_dir, f"nonfinite_batch_{self.iter:07d}_rank{comm.get_rank()}.pth")
+        torch.save(_plain(data), path)
+        last = os.path.join(self.output_dir, "last_checkpoint")
+        checkpoint = "none was written yet"
+        if os.path.isfile(last):
+            with open(last) as f:
+                checkpoint = os.path.join(self.output_dir, f.read().strip())
+        return FloatingPointError(
+            f"The loss became infinite or NaN at iteration {self.iter}: {found}. The batch is saved as {path}; "
+            f"last good checkpoint: {checkpoint}. Try a smaller SOLVER.BASE_LR, a longer warm-up, or "
+            'SOLVER.AMP.DTYPE "bfloat16".'
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimiser and gradient scaler."""
+        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        super().load_state_dict(state_dict)
+        if state_dict.get("grad_scaler"):
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def _plain(data: Any) -> Any:
+    """A batch as tensors and plain containers, which load without unpickling code."""
+    if isinstance(data, (torch.Tensor, str, int, float, bool, type(None))):
+        return data
+    if isinstance(data, np.ndarray) and data.dtype.kind in "biuf":
+        return torch.from_numpy(data)
+    if isinstance(data, dict):
+        return {k: _plain(v) for k, v in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(v) for v in data]
+    if hasattr(data, "get_fields"):  # detectron2.structures.Instances
+        return {k: _plain(v) for k, v in data.get_fields().items()}
+    if hasattr(data, "__dict__"):
+        return {k: _plain(v) for k, v in vars(data).items()}
+    return repr(data)
+
+
+class Trainer(DefaultTrainer):
+    """Trains whatever the config describes; resumes exactly.
+
+    Differs from `DefaultTrainer` in: the data order and its randomness resume (`data.build`), random generators are in
+    the checkpoint, checkpoints are atomic and guarded on loading (`checkpoint`), AMP runs on CPUs and in bfloat16, DDP
+    runs on CPUs, schedules may be given in epochs, and a teacher is moved where the model has one.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        """
+        Args:
+            cfg: Detectron2's config with `add_objssl_config`.
+        """
+        # DefaultTrainer.__init__ would fix the checkpointer, the AMP trainer and GPU-only DDP; only its base is called.
+        super(DefaultTrainer, self).__init__()
+        cfg = resolve_norms(DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()))
+        data_loader = self.build_train_loader(cfg)
+        cfg = resolve_schedule(cfg, data_loader.num_images)
+        self.cfg = cfg
+        dtype = amp_dtype(cfg)
+        logger.info("Precision: %s on %s", "float32" if dtype is None else f"autocast in {dtype}", cfg.MODEL.DEVICE)
+
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
+        ddp_args = {} if on_gpu else {"device_ids": None}
+        ddp_model = create_ddp_model(model, broadcast_buffers=False, **ddp_args)
+        self._trainer = TrainStep(
+            ddp_model,
+            data_loader,
+            optimizer,
+            device_type="cuda" if on_gpu else "cpu",
+            dtype=dtype,
+            output_dir=cfg.OUTPUT_DIR,
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = ObjSSLCheckpointer(
+            model, cfg.OUTPUT_DIR, metadata=checkpoint_metadata(cfg), trainer=weakref.proxy(self)
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
+
+    @property
+    def data_loader(self) -> TrainLoader:
+        """The training loader."""
+        return self._trainer.data_loader
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Resume from the last checkpoint of OUTPUT_DIR if asked to and there is one; else load MODEL.WEIGHTS."""
+        super().resume_or_load(resume)
+        self.data_loader.seek(self.start_iter)
+        if self.start_iter > 0:
+            logger.info("Resuming at iteration %d of %d", self.start_iter, self.max_iter)
+
+    def build_hooks(self) -> list[hooks.HookBase | None]:
+        """Detectron2's hooks, the teacher's update after the step, the generators' state before the checkpoint."""
+        cfg = self.cfg
+        # The parent would read the data set once more for its PreciseBN, which forgets its place when resumed.
+        self.cfg = cfg.clone()
+        self.cfg.defrost()
+        self.cfg.TEST.PRECISE_BN.ENABLED = False
+        try:
+            ret = [h for h in super().build_hooks() if h is not None]
+        finally:
+            self.cfg = cfg
+        period = cfg.SOLVER.CHECKPOINT_PERIOD
+        for i, hook in enumerate(ret):
+            if isinstance(hook, hooks.PeriodicCheckpointer):
+                keep = cfg.SOLVER.MAX_TO_KEEP or None
+                ret[i] = hooks.PeriodicCheckpointer(self.checkpointer, period, max_to_keep=keep)
+        before = next(i for i, h in enumerate(ret) if isinstance(h, (hooks.PeriodicCheckpointer, hooks.EvalHook)))
+        ret.insert(before, RandomState(period))
+        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
+            batches = self.data_loader.from_start
+            ret.insert(before, PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, batches, cfg.TEST.PRECISE_BN.NUM_ITER))
+        model = self.checkpointer.model
+        if getattr(model, "teacher", None) is not None:
+            teacher = cfg.MODEL.SSL.TEACHER
+            ret.insert(0, EMATeacher(model.teacher, model.student, teacher.MOMENTUM, teacher.MOMENTUM_SCHEDULE))
+        return ret
+
+    def after_train(self) -> None:
+        """Close the hooks and say how many images were unreadable."""
+        super().after_train()
+        if self.data_loader.num_bad:
+            logger.warning(
+                "%d of %d images read by this process could not be decoded and were replaced; see the warnings above.",
+                self.data_loader.num_bad,
+                self.data_loader.num_seen,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to resume, beside the model."""
+        data = {
+            "seed": self.data_loader.sampler.seed,
+            "num_images": self.data_loader.num_images,
+            "total_batch_size": self.cfg.SOLVER.IMS_PER_BATCH,
+        }
+        return {**super().state_dict(), "data": data}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; a change of the data or the batch is warned about.
+
+        Raises:
+            ValueError: if the checkpoint was written by another trainer.
+        """
+        data = state_dict.get("data")
+        if data is None:
+            raise ValueError(
+                f"The checkpoint in OUTPUT_DIR {self.cfg.OUTPUT_DIR} does not know its place in the data: it was written "
+                "by another trainer. Give it as MODEL.WEIGHTS, without --resume and with another OUTPUT_DIR."
+            )
+        super().load_state_dict(state_dict)
+        self.data_loader.sampler.seed = data["seed"]
+        for key, now in (
+            ("num_images", self.data_loader.num_images),
+            ("total_batch_size", self.cfg.SOLVER.IMS_PER_BATCH),
+        ):
+            if data[key] != now:
+                logger.warning(
+                    "The run began with %s %d, now it is %d: it goes on, but not exactly.", key, data[key], now
+                )
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """See `engine.optimizer.build_optimizer`."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        """See `data.build.build_train_loader`."""
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
+        """See `data.build.build_test_loader`."""
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """See `evaluation.build.build_evaluator`."""
+        return build_evaluator(cfg, dataset_name)

@@ -1,0 +1,61 @@
+"""The evaluator of a data set follows from its `evaluator_type` in the MetadataCatalog."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+from .coco import FastCOCOEvaluator
+
+
+def _load_labels(file_name: str, dtype: Any = int) -> np.ndarray:
+    """Label map of a PNG; Detectron2's own loader fails on NumPy 2."""
+    with PathManager.open(file_name, "rb") as f:
+        return np.asarray(Image.open(f), dtype=dtype)
+
+
+def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
+    """Build the evaluator of a data set.
+
+    Args:
+        cfg: OUTPUT_DIR is read.
+        dataset_name: name in the catalogs.
+        output_folder: for the results; default OUTPUT_DIR/inference.
+
+    Raises:
+        ValueError: if the data set has no known evaluator.
+    """
+    output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", "none")
+    if evaluator_type == "coco":
+        return FastCOCOEvaluator(dataset_name, output_dir=output_folder)
+    if evaluator_type == "lvis":
+        return LVISEvaluator(dataset_name, output_dir=output_folder)
+    if evaluator_type == "pascal_voc":
+        return PascalVOCDetectionEvaluator(dataset_name)
+    if evaluator_type == "cityscapes_instance":
+        return CityscapesInstanceEvaluator(dataset_name)
+    if evaluator_type == "cityscapes_sem_seg":
+        return CityscapesSemSegEvaluator(dataset_name)
+    if evaluator_type == "sem_seg":
+        return SemSegEvaluator(
+            dataset_name, distributed=True, output_dir=output_folder, sem_seg_loading_fn=_load_labels
+        )
+    raise ValueError(
+        f'DATASETS.TEST names "{dataset_name}", whose evaluator_type is "{evaluator_type}": it cannot be evaluated. '
+        "Known: coco, lvis, pascal_voc, cityscapes_instance, cityscapes_sem_seg, sem_seg"
+    )

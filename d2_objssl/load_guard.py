@@ -1,0 +1,228 @@
+"""What must hold before a model goes on with loaded weights: the same input contract, and a backbone that is full.
+
+Detectron2 itself only warns: a checkpoint of which no name matches trains from random weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from detectron2.config import CfgNode
+from tabulate import tabulate
+from torch import nn
+
+from .weight_names import LAYOUTS
+
+logger = logging.getLogger(__name__)
+
+# What the pixels must be like, then what a ResNet computes beside its weights.
+_INPUT_KEYS = {"format": "INPUT.FORMAT", "pixel_mean": "MODEL.PIXEL_MEAN", "pixel_std": "MODEL.PIXEL_STD"}
+_RESNET_KEYS = {
+    name: f"MODEL.RESNETS.{name.upper()}"
+    for name in ("depth", "stride_in_1x1", "num_groups", "width_per_group", "res2_out_channels", "stem_out_channels")
+}
+# Whoever trains under torchvision's names feeds RGB and strides in the 3x3; the pixel statistics may differ.
+TORCHVISION_CONTRACT = {"format": "RGB", "stride_in_1x1": False}
+
+# Entries of a state dict that are right without having been loaded: counters and index tables.
+_COMPUTED = re.compile(r"(^|\.)(num_batches_tracked|relative_position_index)$")
+# Deformable convolutions start with zero offsets on top of a pretrained ordinary ResNet.
+_STARTS_AT_ZERO = re.compile(r"\.conv2_offset\.(weight|bias)$")
+
+
+def input_contract(cfg: CfgNode) -> dict[str, Any]:
+    """What must be the same in pretraining and fine-tuning, and no weight tells.
+
+    Returns:
+        format ("RGB" or "BGR"), pixel_mean and pixel_std (lists, in 0-255, in the order of format); for ResNets
+        also depth, stride_in_1x1, num_groups, width_per_group, res2_out_channels, stem_out_channels.
+    """
+    keys = _INPUT_KEYS | (_RESNET_KEYS if "resnet" in cfg.MODEL.BACKBONE.NAME else {})
+    values = {}
+    for name, key in keys.items():
+        value: Any = cfg
+        for part in key.split("."):
+            value = value[part]
+        values[name] = [float(v) for v in value] if isinstance(value, (list, tuple)) else value
+    return values
+
+
+def check_input_contract(stored: Mapping[str, Any], cfg: CfgNode) -> None:
+    """Compare the `input_contract` of a checkpoint's metadata with a config.
+
+    Raises:
+        ValueError: listing every key that differs, e.g. "INPUT.FORMAT is BGR, the checkpoint was trained on RGB".
+    """
+    compare_contracts(stored, input_contract(cfg), "the checkpoint")
+
+
+def compare_contracts(stored: Mapping[str, Any], current: Mapping[str, Any], source: str) -> None:
+    """As `check_input_contract`, for a contract `stored` in the file `source` and one that is already read."""
+    lines = []
+    for name, key in (_INPUT_KEYS | _RESNET_KEYS).items():
+        # Basic blocks have no 1x1 convolution to put a stride or groups in.
+        is_idle = current.get("depth", 50) < 50 and name in ("stride_in_1x1", "num_groups", "width_per_group")
+        if name in stored and name in current and not is_idle and not _equal(stored[name], current[name]):
+            lines.append(f"{key} is {current[name]}, the checkpoint was trained on {stored[name]}")
+    if lines:
+        listed = "\n  ".join(lines)
+        raise ValueError(
+            f"the input contract of {source} is not that of this config:\n  {listed}\n"
+            "Set these keys to the checkpoint's values"
+        )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(math.isclose(x, y, abs_tol=1e-3) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of each name when a file was loaded into a model.
+
+    Attributes:
+        path: the file.
+        loaded, missing: names of the model.
+        unexpected: names of the file that the model has no use for.
+        incorrect_shapes: (name of the model, shape in the file, shape in the model).
+    """
+
+    path: str
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    incorrect_shapes: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+
+    def table(self) -> str:
+        """Counts for each part of the model (or of the file, where unexpected), as text."""
+        kinds = {
+            "loaded": self.loaded,
+            "missing": self.missing,
+            "wrong shape": [name for name, _, _ in self.incorrect_shapes],
+            "unexpected": self.unexpected,
+        }
+        counts = {kind: Counter(_part(name) for name in names) for kind, names in kinds.items()}
+        examples: dict[str, str] = {}
+        for name, in_file, in_model in self.incorrect_shapes:
+            examples.setdefault(_part(name), f"{name}: {in_file} in the file, {in_model} in the model")
+        for name in self.missing + self.unexpected:
+            examples.setdefault(_part(name), name)
+        parts = sorted(set().union(*counts.values()))
+        rows = [[part, *(counts[kind][part] or "" for kind in kinds), examples.get(part, "")] for part in parts]
+        return tabulate(rows, headers=["part", *kinds, "example"], tablefmt="simple")
+
+
+def build_report(
+    model: nn.Module, state: Mapping[str, Any], path: str, *, absent: Collection[str] | None = None
+) -> LoadReport:
+    """Compare the names and shapes of what was loaded with the model's.
+
+    Args:
+        model: after loading.
+        state: name -> tensor that was loaded, under the model's names.
+        path: the file.
+        absent: the only names that may count as missing; None: all that are not in `state`.
+    """
+    own = {name: value for name, value in model.state_dict().items() if not _COMPUTED.search(name)}
+    loaded, missing, wrong, misplaced = [], [], [], set()
+    for name, value in own.items():
+        # Where the shape is another one, Detectron2's matching leaves a weight under its short name.
+        parts = name.split(".")
+        short_names = (".".join(parts[i:]) for i in range(1, len(parts)))
+        source = name if name in state else next((s for s in short_names if s in state and s not in own), None)
+        if source is not None and state[source].shape != value.shape:
+            wrong.append((name, tuple(state[source].shape), tuple(value.shape)))
+            misplaced.add(source)
+        elif name not in state and (absent is None or name in absent):
+            missing.append(name)
+        else:
+            loaded.append(name)
+    # A tensor with two names is loaded if one of them is.
+    storages = {own[name].data_ptr() for name in loaded if own[name].numel()}
+    shared = {name for name in missing if own[name].data_ptr() in storages}
+    unexpected = (name for name in state if name not in own and name not in misplaced and not _COMPUTED.search(name))
+    return LoadReport(
+        path=path,
+        loaded=(*loaded, *shared),
+        missing=tuple(name for name in missing if name not in shared),
+        unexpected=tuple(unexpected),
+        incorrect_shapes=tuple(wrong),
+    )
+
+
+def backbone_keys(model: nn.Module) -> list[str]:
+    """Names in `model.state_dict()` that pretrained weights must fill.
+
+    The bottom-up network in `backbone` (without FPN's own convolutions) and, in a C4 model, `roi_heads.res5`; in an
+    ObjectSSL model the backbones of student and teacher; in a model without `backbone` everything. Not what needs no
+    loading: `num_batches_tracked`, offsets of deformable convolutions.
+    """
+    names = [name for name in _all_keys(model) if not _STARTS_AT_ZERO.search(name)]
+    chosen: list[str] = []
+    for prefix in ("backbone.", "student.backbone.", "teacher.backbone."):
+        below = [name for name in names if name.startswith(prefix)]
+        chosen += [name for name in below if name.startswith(f"{prefix}bottom_up.")] or below
+    if chosen:
+        return chosen + [name for name in names if name.startswith("roi_heads.res5.")]
+    # A bare backbone, maybe an FPN.
+    return [name for name in names if name.startswith("bottom_up.")] or names
+
+
+def check_backbone_loaded(model: nn.Module, report: LoadReport, *, require: str = "backbone") -> None:
+    """Refuse to go on with a network that was not fully loaded, and log the table.
+
+    Args:
+        model: the model that was loaded into, not wrapped by DDP.
+        report: what happened.
+        require: "backbone": all of `backbone_keys`. "all": every name of the model (evaluation, resuming).
+            "none": nothing, only log.
+
+    Raises:
+        ValueError: with the table of loaded, missing, misshapen and unexpected names, and a hint.
+    """
+    if require not in ("backbone", "all", "none"):
+        raise ValueError(f'require is "{require}"; it must be "backbone", "all" or "none"')
+    names = _all_keys(model) if require == "all" else backbone_keys(model)
+    num_loaded = len(set(names).intersection(report.loaded))
+    what = "model" if require == "all" else "backbone"
+    summary = f"{num_loaded} of {len(names)} parameters and statistics of the {what} were loaded from {report.path}"
+    if require == "none" or num_loaded == len(names):
+        logger.info("%s\n%s", summary, report.table())
+        return
+    raise ValueError(
+        f"only {summary} (MODEL.WEIGHTS, or the checkpoint to resume from)\n{report.table()}\n"
+        f"{_hint(report, names, num_loaded, require)}"
+    )
+
+
+def _all_keys(model: nn.Module) -> list[str]:
+    return [name for name in model.state_dict() if not _COMPUTED.search(name)]
+
+
+def _part(name: str) -> str:
+    """The part of a model that a name belongs to, e.g. `backbone.bottom_up.res2`."""
+    parts = name.split(".")
+    depth = 3 if len(parts) > 2 and parts[1] in ("backbone", "bottom_up") else 2
+    return ".".join(parts[: min(depth, len(parts) - 1)]) or name
+
+
+def _hint(report: LoadReport, names: list[str], num_loaded: int, require: str) -> str:
+    """What the user may do about a network that was not fully loaded."""
+    if {name for name, _, _ in report.incorrect_shapes}.intersection(names):
+        return "Shapes differ: compare MODEL.RESNETS (DEPTH, RES2_OUT_CHANNELS, ...) and the number of classes."
+    if num_loaded == 0:
+        return (
+            f"No name matches: the file has none of the known layouts ({', '.join(LAYOUTS)}), or holds another kind of "
+            "network. tools/convert_checkpoint.py converts files and compares the networks."
+        )
+    if require == "all":
+        return "The whole model is needed here: give a model that was fine-tuned with this config, not a backbone."
+    return "The file holds another kind of network than the config: compare MODEL.BACKBONE and MODEL.RESNETS."

@@ -1,0 +1,36 @@
+"""What a pretraining method has to supply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from detectron2.utils.registry import Registry
+from torch import nn
+
+from ...structures import ViewBatch
+
+SSL_METHOD_REGISTRY = Registry("SSL_METHOD")
+SSL_METHOD_REGISTRY.__doc__ = """
+Registry of pretraining methods, chosen by MODEL.SSL.METHOD. A builder takes `(cfg, input_shape)`, `input_shape` being
+the backbone's `dict[str, ShapeSpec]`, and returns an :class:`SSLMethod`.
+"""
+
+
+class SSLMethod(NamedTuple):
+    """The parts that a paper adds to `ObjectSSL`.
+
+    Attributes:
+        embedder: module `(features: dict[str, Tensor], view: ViewBatch, regions) -> RegionEmbeddings`. Copied into the
+            teacher.
+        criterion: module `(student, teacher, views) -> dict[str, Tensor]` of weighted "loss_*" scalars; the first two
+            are lists of RegionEmbeddings, one per view. Never copied: predictor and centre live here. Its attribute
+            `metrics` (dict of scalar tensors) is logged.
+        sample: `(views) -> list`, what the embedder gets as `regions` for each view; None passes None.
+        num_views: number of views the method works on.
+    """
+
+    embedder: nn.Module
+    criterion: nn.Module
+    sample: Callable[[list[ViewBatch]], list[Any]] | None = None
+    num_views: int = 2

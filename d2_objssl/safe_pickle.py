@@ -1,0 +1,185 @@
+"""Unpickling without running the pickle: containers, numbers, strings, tensors and arrays are rebuilt, nothing else.
+
+A pickle is a program that calls what it names. NumPy's own reconstruction functions are not harmless either:
+`numpy.dtype.__setstate__` lets a file declare plain bytes to be object pointers. The stand-ins below rebuild arrays
+from plain bytes and a checked number type, for our own unpickler and for that of `torch.load(weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import collections
+import io
+import pickle
+import re
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+
+class RefusedError(Exception):
+    """The file holds something that is not rebuilt; the message continues the sentence "FILE: ..."."""
+
+
+def load_pickle(file: BinaryIO) -> Any:
+    """Read a pickle, also one of Python 2.
+
+    Raises:
+        RefusedError: if it holds anything but containers, numbers, strings, arrays and tensors.
+        Exception: of any kind, if it is damaged.
+    """
+    return _resolve(_Unpickler(file, encoding="latin1").load(), set())
+
+
+def load_torch(path: str, *, mmap: bool) -> Any:
+    """Read a file of `torch.save` on the CPU; an argparse.Namespace in it becomes a dict.
+
+    Args:
+        path: of the file.
+        mmap: let the tensors stay in the file; not possible in the format before PyTorch 1.6.
+
+    Raises:
+        RefusedError: if it holds anything but containers, numbers, strings, arrays and tensors.
+        Exception: of any kind, if it is damaged.
+    """
+    return _resolve(_torch_load(path, mmap=mmap), set())
+
+
+def _torch_load(source: Any, *, mmap: bool = False) -> Any:
+    try:
+        with torch.serialization.safe_globals(_TORCH_GLOBALS):
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise RefusedError(_refusal(refused[1])) from error
+        # The rest of the message tells how to run the file all the same.
+        reason = re.search(r"WeightsUnpickler error: *(.*)", str(error))
+        raise pickle.UnpicklingError(reason[1] if reason else "no file of torch.save") from error
+
+
+class _Unpickler(pickle.Unpickler):
+    """Refuses every global but those of the table before it is called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _PICKLE_GLOBALS[f"{module}.{name}"]
+        except KeyError:
+            raise RefusedError(_refusal(f"{module}.{name}")) from None
+
+
+def _refusal(name: str) -> str:
+    return (
+        f"it refers to {name}, which is not loaded: a checkpoint may hold plain containers, numbers, strings, "
+        "arrays and tensors only (save the state_dict() of a model, the dump() of a config)"
+    )
+
+
+class _DType:
+    """Stands in for numpy.dtype: numbers and strings only, no objects, no records."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        if not re.fullmatch(r"[biufc]\d+|[?SU]\d*", code):
+            raise RefusedError(f'it holds an array of type "{code}"; numbers and strings are read')
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, byte_order, *parts = state[:5]
+        if any(part is not None for part in parts):
+            raise RefusedError("it holds an array of records; numbers and strings are read")
+        self.dtype = self.dtype.newbyteorder(byte_order)
+
+
+class _Array:
+    """Stands in for the empty array that is about to get its state."""
+
+    def __init__(self, *_: object) -> None:
+        self.array = np.empty(0)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        *_, shape, dtype, is_fortran, raw = state
+        self.array = _to_array(raw, dtype, shape, "F" if is_fortran else "C")
+
+
+class _ArrayType:
+    """Stands in for the class numpy.ndarray, which is only named."""
+
+
+class _Namespace:
+    """Stands in for argparse.Namespace, which training scripts like to save."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.content = dict(state)
+
+
+def _to_array(raw: Any, dtype: Any, shape: Any, order: Any = "C") -> np.ndarray:
+    if isinstance(raw, str):  # written by Python 2
+        raw = raw.encode("latin1")
+    if not isinstance(raw, (bytes, bytearray)) or not isinstance(dtype, _DType):
+        raise RefusedError("it holds an array of objects; numbers and strings are read")
+    return np.ndarray(shape, dtype.dtype, buffer=bytes(raw), order=order).copy(order)
+
+
+def _to_scalar(dtype: Any, raw: Any) -> Any:
+    return _to_array(raw, dtype, ())[()]
+
+
+def _to_storage(raw: bytes) -> Any:
+    return _torch_load(io.BytesIO(raw))
+
+
+def _to_tensor(storage: Any, offset: int, size: Any, stride: Any, *_: object) -> torch.Tensor:
+    return torch.empty(0, dtype=storage.dtype).set_(storage, offset, size, stride)
+
+
+def _to_parameter(tensor: torch.Tensor, *_: object) -> torch.Tensor:
+    return tensor
+
+
+_BUILTINS = (bytes, bytearray, complex, set, frozenset)
+# numpy.core became numpy._core in NumPy 2; __builtin__ is Python 2's builtins.
+_NUMPY_GLOBALS: dict[str, Any] = {
+    "numpy.dtype": _DType,
+    "numpy.ndarray": _ArrayType,
+    **{f"numpy.{core}.multiarray._reconstruct": _Array for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray.scalar": _to_scalar for core in ("core", "_core")},
+    **{f"numpy.{core}.numeric._frombuffer": _to_array for core in ("core", "_core")},
+}
+_PICKLE_GLOBALS: dict[str, Any] = {
+    **_NUMPY_GLOBALS,
+    **{f"{m}.{t.__name__}": t for m in ("builtins", "__builtin__") for t in _BUILTINS},
+    "collections.OrderedDict": collections.OrderedDict,
+    "_codecs.encode": codecs.encode,  # bytes, in old protocols
+    "torch.storage._load_from_bytes": _to_storage,
+    "torch._utils._rebuild_tensor_v2": _to_tensor,
+    "torch._utils._rebuild_parameter": _to_parameter,
+}
+# torch.load knows containers and tensors itself. It gives an instance its state only if its class is named, too.
+_TORCH_GLOBALS: list[Any] = [
+    *((stand_in, name) for name, stand_in in _NUMPY_GLOBALS.items()),
+    (_Namespace, "argparse.Namespace"),
+    (bytes, "builtins.bytes"),  # of an empty array
+    *((cls, f"{cls.__module__}.{cls.__qualname__}") for cls in (_Array, _DType, _Namespace)),
+]
+
+
+def _resolve(value: Any, seen: set[int]) -> Any:
+    """Replace the stand-ins in nested containers (in dicts and lists: in place) by what they stand for.
+
+    Args:
+        value: the content of a file, or a part of it.
+        seen: ids of the dicts and lists that are done: a pickle may hold cycles.
+    """
+    if isinstance(value, _Array):
+        return value.array
+    if isinstance(value, (_DType, type)):
+        raise RefusedError("it holds a type instead of data")
+    if isinstance(value, _Namespace):
+        return _resolve(value.content, seen)
+    if type(value) is tuple:
+        return tuple(_resolve(item, seen) for item in value)
+    if isinstance(value, (dict, list)) and id(value) not in seen:
+        seen.add(id(value))
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            value[key] = _resolve(item, seen)
+    return value

@@ -1,0 +1,76 @@
+"""What every test shares: the markers slow and gpu, optional real data, tools as modules, an empty datasets folder."""
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--runslow", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set up the process before any test module, and with it Detectron2, is imported."""
+    # Detectron2 reads this when it registers its builtin datasets. Tests must not write into the user's folder.
+    datasets = tempfile.TemporaryDirectory(prefix="d2_objssl-datasets-")
+    config.add_cleanup(datasets.cleanup)
+    os.environ["DETECTRON2_DATASETS"] = datasets.name
+    # Tools and ranks started as processes of their own import this checkout, as the tests themselves do.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO_ROOT), os.environ.get("PYTHONPATH")]))
+    torch.set_num_threads(min(2, torch.get_num_threads()))  # get_num_threads: honours OMP_NUM_THREADS
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skips = []
+    if not config.getoption("--runslow"):
+        skips.append(("slow", pytest.mark.skip(reason="slow: needs --runslow")))
+    if not torch.cuda.is_available():
+        skips.append(("gpu", pytest.mark.skip(reason="needs a CUDA device")))
+    for item in items:
+        for marker, skip in skips:
+            if item.get_closest_marker(marker):
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of small real datasets (read-only), from D2_OBJSSL_TEST_DATA; skips the test where there is none."""
+    folder = Path(os.environ.get("D2_OBJSSL_TEST_DATA", REPO_ROOT / ".." / "shared" / "data")).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no real test data in {folder} (set D2_OBJSSL_TEST_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def load_tool() -> Callable[[str], ModuleType]:
+    """Imports `tools/<name>.py`: the folder is no package, and another `tools` may be installed."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, REPO_ROOT / "tools" / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def catalog() -> Iterator[None]:
+    """Removes from the catalogs what a test registers."""
+    # Not above: the package reads the datasets folder, which pytest_configure sets, when it is imported.
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)

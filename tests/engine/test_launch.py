@@ -1,0 +1,199 @@
+"""From the command line to a config and to processes."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
+from detectron2.engine import default_argument_parser
+from tiny_runs import final_checkpoint, pretrain_cfg
+from tiny_slotcon import REPO_ROOT
+
+from d2_objssl import add_objssl_config
+from d2_objssl.engine import default_setup, launch, setup_cfg
+
+QUICK = str(REPO_ROOT / "configs" / "quick" / "slotcon_R_18_scenes.yaml")
+
+
+def test_defaults_config_file_and_overrides_are_merged_in_this_order():
+    cfg = setup_cfg(QUICK, ["SOLVER.MAX_ITER", "7", "INPUT.SSL.CROP_SIZE", "80"])
+    assert cfg.SOLVER.MAX_ITER == 7 and cfg.INPUT.SSL.CROP_SIZE == 80
+    assert cfg.SOLVER.OPTIMIZER == "ADAMW"  # of the file
+    assert cfg.MODEL.SSL.SLOTCON.SLOT_TEMP == 0.2  # of the defaults
+    assert cfg.is_frozen()
+
+
+def test_without_a_config_file_the_defaults_are_detectron2s():
+    cfg = get_cfg()
+    add_objssl_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    assert setup_cfg("", ["MODEL.DEVICE", "cpu"]) == cfg
+    assert cfg.INPUT.SSL.NUM_VIEWS == 0 and cfg.SOLVER.OPTIMIZER == "SGD" and cfg.SOLVER.REFERENCE_BATCH == 0
+
+
+def test_a_missing_config_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r"--config-file no/such\.yaml does not exist"):
+        setup_cfg("no/such.yaml", [])
+
+
+def test_an_unknown_key_is_named(tmp_path):
+    with pytest.raises(KeyError, match=r"SOLVER\.MAX_ITERS"):
+        setup_cfg(QUICK, ["SOLVER.MAX_ITERS", "7"])
+    (tmp_path / "typo.yaml").write_text("SOLVER:\n  MAX_ITERS: 7\n")
+    with pytest.raises(KeyError, match=r"SOLVER\.MAX_ITERS"):
+        setup_cfg(str(tmp_path / "typo.yaml"), [])
+
+
+def test_a_key_without_value_is_named():
+    with pytest.raises(ValueError, match=r"KEY VALUE pairs.*'OUTPUT_DIR'\] are 3 words"):
+        setup_cfg(QUICK, ["SEED", "7", "OUTPUT_DIR"])
+
+
+@pytest.mark.parametrize(("word", "value"), [("1", 1.0), ("-2", -2.0), ("0.5", 0.5), ("1e-3", 0.001)])
+def test_whole_numbers_serve_keys_of_fractions(word, value):
+    cfg = setup_cfg(QUICK, ["SOLVER.MAX_EPOCHS", word, "SOLVER.MAX_ITER", "3"])
+    assert cfg.SOLVER.MAX_EPOCHS == value and isinstance(cfg.SOLVER.MAX_EPOCHS, float)
+    assert cfg.SOLVER.MAX_ITER == 3 and isinstance(cfg.SOLVER.MAX_ITER, int)
+
+
+def test_a_value_of_another_type_is_named():
+    with pytest.raises(ValueError, match=r"SOLVER\.MAX_ITER"):
+        setup_cfg(QUICK, ["SOLVER.MAX_ITER", "many"])
+
+
+@pytest.mark.parametrize("available", [False, True])
+def test_without_a_gpu_cuda_becomes_cpu(monkeypatch, caplog, available):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    caplog.set_level(logging.WARNING, "d2_objssl")
+    cfg = setup_cfg("", ["MODEL.DEVICE", "cuda:1"])
+    assert cfg.MODEL.DEVICE == ("cuda:1" if available else "cpu")
+    assert ("No GPU is available" in caplog.text) == (not available)
+
+
+def test_folders_of_images_are_registered(tmp_path, catalog):
+    train, test = f"images:{tmp_path}/a b", f"images:{tmp_path}/test,1"
+    setup_cfg(QUICK, ["DATASETS.TRAIN", f"('{train}', 'scenes_train')", "DATASETS.TEST", f"('{test}',)"])
+    assert train in DatasetCatalog and test in DatasetCatalog
+
+
+def test_default_setup_writes_config_and_logs(tmp_path):
+    cfg = setup_cfg(QUICK, ["OUTPUT_DIR", str(tmp_path), "SEED", "5"])
+    loggers = [logging.getLogger(name) for name in ("d2_objssl", "detectron2", "fvcore")]
+    state = [(x, list(x.handlers), x.level, x.propagate) for x in loggers]
+    generator = torch.get_rng_state()
+    try:
+        default_setup(cfg, default_argument_parser().parse_args([]))
+        logging.getLogger("d2_objssl.data").info("a line of this package")
+        assert torch.initial_seed() == 5
+    finally:
+        torch.set_rng_state(generator)
+        for x, handlers, level, propagate in state:
+            for handler in set(x.handlers) - set(handlers):
+                handler.flush()
+            x.handlers, x.level, x.propagate = handlers, level, propagate
+    again = setup_cfg(str(tmp_path / "config.yaml"), [])
+    again.MODEL.pop("ROI_BOX_CASCADE_HEAD")  # its nested tuples come back as lists
+    expected = cfg.clone()
+    expected.MODEL.pop("ROI_BOX_CASCADE_HEAD")
+    assert again == expected
+    assert "a line of this package" in (tmp_path / "log.txt").read_text()
+
+
+def test_one_process_runs_here(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    args = default_argument_parser().parse_args(["--num-gpus", "1", "OUTPUT_DIR", "x"])
+    calls = []
+    launch(lambda a: calls.append((os.getpid(), a.opts)), args)
+    assert calls == [(os.getpid(), ["OUTPUT_DIR", "x"])]
+
+
+# ---------------------------------------------------------------------------------------------- several processes
+
+_SCRIPT = """
+import sys, torch
+from pathlib import Path
+from detectron2.engine import default_argument_parser
+from detectron2.utils import comm
+from d2_objssl.distributed import all_reduce_mean
+from d2_objssl.engine import launch
+
+def main(args):
+    mean = all_reduce_mean(torch.tensor([comm.get_rank() + 1.0])).item()
+    values = [comm.get_rank(), comm.get_world_size(), comm.get_local_rank(), comm.get_local_size(), mean]
+    Path(args.opts[0], str(comm.get_rank())).write_text(repr(values))
+
+if __name__ == "__main__":
+    launch(main, default_argument_parser().parse_args())
+"""
+
+
+def run(*command: str) -> None:
+    """Run Python with arguments, on one thread a process."""
+    process = subprocess.run(
+        [sys.executable, *command],
+        cwd=REPO_ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert process.returncode == 0, process.stdout[-5000:]
+
+
+def torchrun() -> list[str]:
+    """`--standalone` picks a free port."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["torchrun", "detectron2"])
+def test_two_processes_form_one_group(tmp_path, how):
+    (tmp_path / "script.py").write_text(_SCRIPT)
+    if how == "torchrun":
+        run(*torchrun(), str(tmp_path / "script.py"), str(tmp_path))
+    else:
+        address = f"file://{tmp_path}/store"
+        run(str(tmp_path / "script.py"), "--num-gpus", "2", "--dist-url", address, str(tmp_path))
+    for rank in range(2):
+        assert (tmp_path / str(rank)).read_text() == repr([rank, 2, rank, 2, 1.5])
+
+
+@pytest.mark.slow
+def test_pretraining_under_torchrun(photos, folder):
+    """The tool itself, on two CPU processes."""
+    cfg = pretrain_cfg(photos, folder / "run", "SOLVER.MAX_ITER", 4)
+    (folder / "cfg.yaml").write_text(cfg.dump())
+    run(*torchrun(), "tools/train_net.py", "--config-file", str(folder / "cfg.yaml"))
+    final = final_checkpoint(folder / "run")
+    assert final["trainer"]["iteration"] == 3
+    assert len(final["trainer"]["hooks"]["RandomState"]["ranks"]) == 2
+    assert all(v.isfinite().all() for v in final["model"].values())
+    log = (folder / "run" / "log.txt").read_text()
+    assert "SyncBN is replaced by naiveSyncBN" in log
+
+
+# ------------------------------------------------------------------------------------------------------- the tool
+
+
+def test_help_of_the_tool_has_examples(load_tool):
+    text = load_tool("train_net")._parser().format_help()
+    assert "images:" in text and "--resume" in text and "configs/pretrain/slotcon_R_50_800ep_coco.yaml" in text
+
+
+def test_evaluation_of_nothing_is_refused(load_tool, tmp_path):
+    quick = str(REPO_ROOT / "configs" / "quick" / "mask_rcnn_R_18_FPN_scenes.yaml")
+    train_net = load_tool("train_net")
+    args = default_argument_parser().parse_args(["--config-file", quick, "--eval-only", "OUTPUT_DIR", str(tmp_path)])
+    train_net.default_setup = lambda cfg, args: None  # it would redirect the log of the tests
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS is empty"):
+        train_net.main(args)
+
+
+def test_whole_number_is_accepted_for_a_float() -> None:
+    cfg = setup_cfg("", ["SOLVER.BASE_LR", "1", "SOLVER.MAX_EPOCHS", "12", "SOLVER.MAX_ITER", "7"])
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_EPOCHS, cfg.SOLVER.MAX_ITER) == (1.0, 12.0, 7)

@@ -1,0 +1,265 @@
+"""A run that was killed and resumed equals, bit by bit, the run that was never killed."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from tiny_runs import R18, assert_identical, final_checkpoint, finetune_cfg, pretrain_cfg, train
+from tiny_slotcon import REPO_ROOT
+
+MakeCfg = Callable[..., CfgNode]
+
+
+# ---------------------------------------------------------------------------------------------- in one process
+
+
+def assert_resumes_exactly(make_cfg: MakeCfg, folder: Path, kill_before: int) -> dict[int, Any]:
+    """Compare a run without and one with an interruption; returns the losses."""
+    whole = train(make_cfg(folder / "whole"))
+    first = train(make_cfg(folder / "parts"), kill_before=kill_before)
+    # Another seed: what a resumed run does must not depend on how its process began.
+    second = train(make_cfg(folder / "parts"), resume=True, seed=12345)
+    period = make_cfg(folder / "whole").SOLVER.CHECKPOINT_PERIOD
+    assert list(first) == list(range(kill_before))
+    assert list(second) == list(range(kill_before // period * period, len(whole)))
+    assert {**first, **second} == whole
+    for losses in (first, second):
+        assert all(losses[i] == whole[i] for i in losses)
+    assert_identical(final_checkpoint(folder / "parts"), final_checkpoint(folder / "whole"))
+    return whole
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        (),
+        ("SOLVER.AMP.ENABLED", True, "SOLVER.OPTIMIZER", "ADAMW", "SOLVER.BASE_LR", 0.001),
+    ],
+    ids=["lars, float32", "adamw, bfloat16"],
+)
+def test_pretraining(photos, folder, opts):
+    losses = assert_resumes_exactly(lambda out: pretrain_cfg(photos, out, *opts), folder, kill_before=5)
+    assert len({x["total_loss"] for x in losses.values()}) == len(losses), (
+        "every iteration differs, so equality means something"
+    )
+
+
+def test_pretraining_in_epochs_with_workers_and_an_unreadable_image(photos, folder):
+    """20 images in batches of 4: the interruption is in the second epoch; one half has workers, the other none."""
+    shutil.copytree(photos, folder / "photos")
+    (folder / "photos" / "004.jpg").write_bytes(b"")
+    epochs = ("SOLVER.MAX_EPOCHS", 1.8, "SOLVER.WARMUP_EPOCHS", 0.4, "SOLVER.CHECKPOINT_EPOCHS", 0.6)
+    workers = ("DATALOADER.NUM_WORKERS", 2)
+    whole = train(pretrain_cfg(folder / "photos", folder / "whole", *epochs))
+    assert len(whole) == 9
+    first = train(pretrain_cfg(folder / "photos", folder / "parts", *epochs, *workers), kill_before=7)
+    second = train(pretrain_cfg(folder / "photos", folder / "parts", *epochs), resume=True, seed=1)
+    assert {**first, **second} == whole and min(second) == 6
+    assert_identical(final_checkpoint(folder / "parts"), final_checkpoint(folder / "whole"))
+
+
+def test_pretraining_without_a_seed_keeps_the_order_that_it_began_with(photos, folder):
+    unseeded = ("SEED", -1)
+    train(pretrain_cfg(photos, folder / "parts", *unseeded), kill_before=6, seed=3)
+    data = torch.load(folder / "parts" / "model_0000005.pth", weights_only=True)["trainer"]["data"]
+    whole = train(pretrain_cfg(photos, folder / "whole", "SEED", data["seed"]), seed=3)
+    second = train(pretrain_cfg(photos, folder / "parts", *unseeded), resume=True, seed=4)
+    assert [x["total_loss"] for x in second.values()] == [whole[i]["total_loss"] for i in second]
+
+
+FINETUNE = [
+    (),
+    ("SOLVER.AMP.ENABLED", True, "DATASETS.TEST", ("scenes_tiny_val",), "TEST.EVAL_PERIOD", 3),
+    ("TEST.EVAL_PERIOD", 3, "TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 3),
+]
+
+
+@pytest.mark.parametrize("opts", FINETUNE, ids=["grouped", "bfloat16, evaluation", "precise BN"])
+def test_fine_tuning(folder, opts):
+    """RoI sampling draws from PyTorch's generator; evaluation comes after the checkpoint of the same iteration."""
+    assert_resumes_exactly(lambda out: finetune_cfg(out, *opts), folder, kill_before=5)
+
+
+def test_resuming_a_finished_run_changes_nothing(photos, folder):
+    cfg = pretrain_cfg(photos, folder / "run", "SOLVER.MAX_ITER", 4)
+    train(cfg)
+    before = final_checkpoint(folder / "run")
+    assert train(cfg, resume=True, seed=9) == {}
+    assert_identical(final_checkpoint(folder / "run"), before)
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(photos, folder):
+    cfg = pretrain_cfg(photos, folder / "run", "SOLVER.MAX_ITER", 3)
+    assert list(train(cfg, resume=True)) == [0, 1, 2]
+
+
+def test_without_resume_a_run_starts_again_although_there_is_a_checkpoint(photos, folder):
+    cfg = pretrain_cfg(photos, folder / "run", "SOLVER.MAX_ITER", 4)
+    assert train(cfg) == train(cfg)
+
+
+def test_a_damaged_last_checkpoint_costs_some_iterations_only(photos, folder):
+    whole = train(pretrain_cfg(photos, folder / "whole"))
+    train(pretrain_cfg(photos, folder / "parts"), kill_before=6)
+    last = folder / "parts" / "model_0000005.pth"
+    last.write_bytes(last.read_bytes()[:100_000])
+    second = train(pretrain_cfg(photos, folder / "parts"), resume=True, seed=1)
+    assert min(second) == 3 and all(second[i] == whole[i] for i in second)
+    assert_identical(final_checkpoint(folder / "parts"), final_checkpoint(folder / "whole"))
+
+
+def test_resuming_with_other_data_is_warned_about(photos, folder, caplog):
+    train(pretrain_cfg(photos, folder / "run"), kill_before=4)
+    (photos_now := folder / "fewer").mkdir()
+    for file in sorted(photos.iterdir())[:13]:
+        shutil.copy(file, photos_now)
+    caplog.set_level("WARNING", "d2_objssl")
+    train(pretrain_cfg(photos_now, folder / "run", "SOLVER.IMS_PER_BATCH", 2), resume=True)
+    assert "began with num_images 20, now it is 13" in caplog.text
+    assert "began with total_batch_size 4, now it is 2" in caplog.text
+
+
+# ----------------------------------------------------------------------------------------- processes, really killed
+
+# Registers the data sets of `tiny_runs` before it runs the tool that the arguments name.
+_WRAPPER = """
+import runpy, sys, tiny_runs
+tiny_runs.register_wide_and_tall()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start(cfg: CfgNode, *args: str) -> "subprocess.Popen[bytes]":
+    """Start tools/train_net.py on a config in a process group of its own."""
+    output_dir = Path(cfg.OUTPUT_DIR)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    config_file = output_dir.with_suffix(".yaml")
+    config_file.write_text(cfg.dump())
+    tool = ["tools/train_net.py", "--config-file", str(config_file), *args]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(REPO_ROOT / "tests"), env["PYTHONPATH"]])
+    with open(output_dir.with_suffix(".log"), "ab") as log:
+        command = [sys.executable, "-c", _WRAPPER, *tool]
+        return subprocess.Popen(
+            command, cwd=REPO_ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def log_of(cfg: CfgNode) -> str:
+    return Path(cfg.OUTPUT_DIR).with_suffix(".log").read_text(errors="replace")[-5000:]
+
+
+def run(cfg: CfgNode, *args: str) -> None:
+    process = start(cfg, *args)
+    try:
+        assert process.wait(timeout=240) == 0, log_of(cfg)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def kill_when(cfg: CfgNode, condition: Callable[[Path], bool], *args: str) -> None:
+    """Run until a condition on the output folder holds, then kill the process and its children with SIGKILL."""
+    process = start(cfg, *args)
+    deadline = time.monotonic() + 240
+    try:
+        while not condition(Path(cfg.OUTPUT_DIR)):
+            assert process.poll() is None, f"ended before it could be killed: {log_of(cfg)}"
+            assert time.monotonic() < deadline, log_of(cfg)
+            time.sleep(0.002)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (Path(cfg.OUTPUT_DIR) / "model_final.pth").exists()
+
+
+def has_written(iteration: int) -> Callable[[Path], bool]:
+    """The checkpoint is complete: the process is some way into one of the next iterations."""
+
+    def condition(output_dir: Path) -> bool:
+        last = output_dir / "last_checkpoint"
+        return last.exists() and last.read_text() == f"model_{iteration:07d}.pth"
+
+    return condition
+
+
+def is_writing(iteration: int) -> Callable[[Path], bool]:
+    """The checkpoint is being written: a file of another name has begun to grow."""
+
+    def condition(output_dir: Path) -> bool:
+        if (output_dir / f"model_{iteration:07d}.pth").exists():
+            return True
+        return any(f.stat().st_size > 0 for f in output_dir.glob(f".model_{iteration:07d}.pth*"))
+
+    return condition
+
+
+PRETRAIN = [*R18, "SOLVER.MAX_ITER", 12]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
+def test_pretraining_killed_for_real(photos, folder, amp):
+    """Killed between two checkpoints, with and without workers, and while a checkpoint is written."""
+
+    def make_cfg(name: str, *opts: object) -> CfgNode:
+        return pretrain_cfg(photos, folder / name, *PRETRAIN, "SOLVER.AMP.ENABLED", amp, *opts)
+
+    run(make_cfg("whole"))
+    whole = final_checkpoint(folder / "whole")
+    shutil.rmtree(folder / "whole")
+
+    no_workers, workers = make_cfg("no_workers"), make_cfg("workers", "DATALOADER.NUM_WORKERS", 2)
+    kill_when(no_workers, has_written(5))
+    run(no_workers, "--resume")
+    assert_identical(final_checkpoint(folder / "no_workers"), whole)
+    shutil.rmtree(folder / "no_workers")
+
+    kill_when(workers, is_writing(5))
+    kill_when(workers, has_written(8), "--resume")
+    run(workers, "--resume")
+    assert_identical(final_checkpoint(folder / "workers"), whole)
+
+
+@pytest.mark.slow
+def test_fine_tuning_killed_for_real(folder):
+    evaluated = ("DATASETS.TEST", ("scenes_tiny_val",), "TEST.EVAL_PERIOD", 6)
+
+    def make_cfg(name: str, *opts: object) -> CfgNode:
+        return finetune_cfg(folder / name, *R18, "SOLVER.MAX_ITER", 12, *evaluated, *opts)
+
+    run(make_cfg("whole"))
+    killed = make_cfg("killed", "DATALOADER.NUM_WORKERS", 2)
+    kill_when(killed, has_written(5))
+    run(killed, "--resume")
+    assert_identical(final_checkpoint(folder / "killed"), final_checkpoint(folder / "whole"))
+    results = [(folder / name / "metrics.json").read_text().splitlines()[-1] for name in ("whole", "killed")]
+    assert '"bbox/AP"' in results[0] and results[0] == results[1], "text, as some figures are NaN"
+
+
+@pytest.mark.slow
+def test_two_processes_killed_for_real(photos, folder):
+    """Detectron2's launcher with two CPU processes: gloo, naiveSyncBN, DDP."""
+
+    def make_cfg(name: str) -> CfgNode:
+        return pretrain_cfg(photos, folder / name)
+
+    def launch(name: str) -> tuple[str, ...]:
+        store = folder / f"store-{name}-{time.monotonic_ns()}"
+        return ("--num-gpus", "2", "--dist-url", f"file://{store}")
+
+    run(make_cfg("whole"), *launch("whole"))
+    kill_when(make_cfg("killed"), has_written(5), *launch("killed"))
+    run(make_cfg("killed"), *launch("killed"), "--resume")
+    assert_identical(final_checkpoint(folder / "killed"), final_checkpoint(folder / "whole"))

@@ -1,0 +1,162 @@
+"""Epochs to iterations, linear scaling, the learning rate that Detectron2 makes of the result, norm layers."""
+
+import logging
+import math
+
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.solver import build_lr_scheduler
+from detectron2.utils import comm
+
+from d2_objssl.config import add_objssl_config
+from d2_objssl.engine import resolve_norms, resolve_schedule
+
+
+def make_cfg(*opts: object) -> CfgNode:
+    cfg = get_cfg()
+    add_objssl_config(cfg)
+    cfg.merge_from_list(list(opts))
+    return cfg
+
+
+SLOTCON = (
+    *("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.BASE_LR", 1.0, "SOLVER.BASE_LR_END", 1e-6),
+    *("SOLVER.WARMUP_FACTOR", 0.01, "SOLVER.RESCALE_INTERVAL", True, "SOLVER.REFERENCE_BATCH", 256),
+)
+
+
+def learning_rates(cfg: CfgNode) -> list[float]:
+    """The learning rate of every iteration."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=cfg.SOLVER.BASE_LR)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    rates = []
+    for _ in range(cfg.SOLVER.MAX_ITER):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def slotcon_learning_rate(i: int, peak: float, warmup: int, total: int) -> float:
+    """SlotCon's schedule: linear from peak / 100, then a cosine to 1e-6, both per iteration."""
+    if i <= warmup:
+        return peak * (0.01 + 0.99 * i / warmup)
+    return 1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * (i - warmup) / (total - warmup))) / 2
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch", "epochs", "warmup_epochs"),
+    [(64, 16, 50.0, 5.0), (1000, 512, 100.0, 5.0), (130, 32, 20.0, 3.0), (640, 64, 10.0, 1.0)],
+)
+def test_slotcon_learning_rate(num_images, batch, epochs, warmup_epochs):
+    opts = ("SOLVER.IMS_PER_BATCH", batch, "SOLVER.MAX_EPOCHS", epochs, "SOLVER.WARMUP_EPOCHS", warmup_epochs)
+    cfg = resolve_schedule(make_cfg(*SLOTCON, *opts), num_images)
+    total, warmup, peak = int(num_images / batch * epochs), round(num_images / batch * warmup_epochs), batch / 256
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.BASE_LR) == (total, warmup, peak)
+    expected = [slotcon_learning_rate(i, peak, warmup, total) for i in range(total)]
+    assert learning_rates(cfg) == pytest.approx(expected, rel=1e-9)
+    assert expected[0] == pytest.approx(peak / 100)
+    assert max(expected) == expected[warmup] == pytest.approx(peak)
+
+
+def test_step_schedule_in_epochs():
+    opts = ("SOLVER.IMS_PER_BATCH", 10, "SOLVER.BASE_LR", 0.1, "SOLVER.MAX_EPOCHS", 10.0)
+    steps = ("SOLVER.STEPS_EPOCHS", (6.0, 9.0), "SOLVER.CHECKPOINT_EPOCHS", 2.5, "SOLVER.WARMUP_EPOCHS", 0.5)
+    cfg = resolve_schedule(make_cfg(*opts, *steps), num_images=40)  # 4 iterations an epoch
+    assert cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR"
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.CHECKPOINT_PERIOD) == (40, (24, 36), 10)
+    assert cfg.SOLVER.WARMUP_ITERS == 2
+    rates = learning_rates(cfg)
+    assert rates[2:24] == pytest.approx([0.1] * 22)
+    assert rates[24:36] == pytest.approx([0.01] * 12)
+    assert rates[36:] == pytest.approx([0.001] * 4)
+    assert rates[0] == pytest.approx(0.1 * cfg.SOLVER.WARMUP_FACTOR)
+
+
+def test_iterations_stand_where_no_epochs_are_given():
+    before = make_cfg("SOLVER.BASE_LR", 0.3, "SOLVER.IMS_PER_BATCH", 32)
+    after = resolve_schedule(before, num_images=7)
+    assert after == before
+    assert after.is_frozen() and not before.is_frozen()
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(256, 1.0), (512, 2.0), (1024, 4.0), (64, 0.25)])
+def test_linear_scaling(batch, expected):
+    cfg = make_cfg("SOLVER.BASE_LR", 1.0, "SOLVER.REFERENCE_BATCH", 256, "SOLVER.IMS_PER_BATCH", batch)
+    assert resolve_schedule(cfg, 5000).SOLVER.BASE_LR == expected
+
+
+def test_resolving_twice_changes_nothing():
+    """A resumed run, or a config.yaml that is used again, must not be scaled again."""
+    opts = ("SOLVER.IMS_PER_BATCH", 512, "SOLVER.MAX_EPOCHS", 8.0, "SOLVER.WARMUP_EPOCHS", 1.0)
+    more = ("SOLVER.STEPS_EPOCHS", (6.0,), "SOLVER.CHECKPOINT_EPOCHS", 1.0)
+    cfg = make_cfg(*SLOTCON, *opts, *more)
+    original = cfg.clone()
+    once = resolve_schedule(cfg, 5120)
+    assert cfg == original, "the argument must stay as it is"
+    assert once.SOLVER.BASE_LR == 2.0
+    keys = ("MAX_EPOCHS", "WARMUP_EPOCHS", "STEPS_EPOCHS", "CHECKPOINT_EPOCHS", "REFERENCE_BATCH")
+    assert not any(once.SOLVER[key] for key in keys)
+    assert resolve_schedule(once, 5120) == once
+    assert resolve_schedule(once, 99) == once
+
+
+def test_a_checkpoint_period_is_at_least_one_iteration():
+    cfg = make_cfg("SOLVER.MAX_EPOCHS", 10.0, "SOLVER.CHECKPOINT_EPOCHS", 0.1, "SOLVER.IMS_PER_BATCH", 16)
+    assert resolve_schedule(cfg, 16).SOLVER.CHECKPOINT_PERIOD == 1
+
+
+def test_a_run_shorter_than_one_iteration_is_refused():
+    cfg = make_cfg("SOLVER.MAX_EPOCHS", 1.0, "SOLVER.IMS_PER_BATCH", 512)
+    with pytest.raises(ValueError, match=r"MAX_EPOCHS 1\.0 of 100 images .*512.*IMS_PER_BATCH"):
+        resolve_schedule(cfg, 100)
+
+
+@pytest.mark.parametrize("warmup_epochs", [4.0, 5.0])
+def test_a_warm_up_as_long_as_the_run_is_refused(warmup_epochs):
+    cfg = make_cfg("SOLVER.MAX_EPOCHS", 4.0, "SOLVER.WARMUP_EPOCHS", warmup_epochs, "SOLVER.IMS_PER_BATCH", 16)
+    with pytest.raises(ValueError, match=r"WARMUP_ITERS or WARMUP_EPOCHS.*MAX_ITER or MAX_EPOCHS"):
+        resolve_schedule(cfg, 160)
+
+
+def test_the_result_is_logged(caplog):
+    cfg = make_cfg(*SLOTCON, "SOLVER.MAX_EPOCHS", 4.0, "SOLVER.IMS_PER_BATCH", 512)
+    with caplog.at_level(logging.INFO, "d2_objssl"):
+        resolve_schedule(cfg, 5120)
+    assert "5120 images, batch 512, 10.00 iterations an epoch; 40 iterations (4.0 epochs)" in caplog.text
+
+
+# --------------------------------------------------------------------------------------------------------- norms
+
+
+def norms(cfg: CfgNode) -> dict[str, str]:
+    model = cfg.MODEL
+    nodes = {"RESNETS": model.RESNETS, "FPN": model.FPN, "BOX": model.ROI_BOX_HEAD, "PROJECTOR": model.SSL.PROJECTOR}
+    return {name: node.NORM for name, node in nodes.items()}
+
+
+SYNC = ("MODEL.RESNETS.NORM", "SyncBN", "MODEL.FPN.NORM", "SyncBN", "MODEL.ROI_BOX_HEAD.NORM", "GN")
+
+
+@pytest.mark.parametrize(
+    ("processes", "device", "expected"),
+    [(1, "cpu", "BN"), (1, "cuda", "BN"), (2, "cpu", "naiveSyncBN"), (2, "cuda", "SyncBN")],
+)
+def test_sync_bn_becomes_what_the_processes_allow(monkeypatch, caplog, processes, device, expected):
+    monkeypatch.setattr(comm, "get_world_size", lambda: processes)
+    cfg = make_cfg(*SYNC, "MODEL.DEVICE", device)
+    with caplog.at_level(logging.WARNING, "d2_objssl"):
+        resolved = resolve_norms(cfg)
+    assert norms(resolved) == {"RESNETS": expected, "FPN": expected, "BOX": "GN", "PROJECTOR": expected}
+    assert norms(cfg)["RESNETS"] == "SyncBN", "the argument must stay as it is"
+    assert ("MODEL.RESNETS.NORM" in caplog.text) == (expected != "SyncBN")
+
+
+def test_other_norms_are_left_alone(caplog):
+    names = ("RESNETS", "FPN", "SSL.PROJECTOR", "SSL.PREDICTOR")
+    cfg = make_cfg(*(x for n in names for x in (f"MODEL.{n}.NORM", "GN")))
+    with caplog.at_level(logging.WARNING, "d2_objssl"):
+        assert resolve_norms(cfg) == cfg
+    assert "SyncBN" not in caplog.text

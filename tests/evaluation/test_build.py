@@ -1,0 +1,126 @@
+"""The evaluator of a data set follows from its `evaluator_type`, and works on this stack."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+from d2_objssl.config import add_objssl_config
+from d2_objssl.evaluation import FastCOCOEvaluator, build
+from d2_objssl.evaluation.build import build_evaluator
+
+NAME = "test_evaluation_build"
+
+
+@pytest.fixture
+def metadata() -> Iterator[Any]:
+    yield MetadataCatalog.get(NAME)
+    MetadataCatalog.remove(NAME)
+
+
+def make_cfg(output_dir: Path) -> CfgNode:
+    cfg = get_cfg()
+    add_objssl_config(cfg)
+    cfg.OUTPUT_DIR = str(output_dir)
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("evaluator_type", "name"),
+    [
+        ("coco", "FastCOCOEvaluator"),
+        ("lvis", "LVISEvaluator"),
+        ("pascal_voc", "PascalVOCDetectionEvaluator"),
+        ("cityscapes_instance", "CityscapesInstanceEvaluator"),
+        ("cityscapes_sem_seg", "CityscapesSemSegEvaluator"),
+        ("sem_seg", "SemSegEvaluator"),
+    ],
+)
+def test_every_known_type_has_its_evaluator(metadata, monkeypatch, tmp_path, evaluator_type, name):
+    """The packages that some of them need may be absent, so only the call is looked at."""
+    metadata.evaluator_type = evaluator_type
+    monkeypatch.setattr(build, name, lambda dataset, **kwargs: (name, dataset, kwargs.get("output_dir")))
+    built = build_evaluator(make_cfg(tmp_path), NAME)
+    assert built[:2] == (name, NAME)
+    assert built[2] in (None, str(tmp_path / "inference"))
+
+
+def test_results_go_where_the_caller_wants(metadata, monkeypatch, tmp_path):
+    metadata.evaluator_type = "coco"
+    monkeypatch.setattr(build, "FastCOCOEvaluator", lambda dataset, output_dir: output_dir)
+    assert build_evaluator(make_cfg(tmp_path), NAME, "elsewhere") == "elsewhere"
+
+
+@pytest.mark.parametrize("evaluator_type", [None, "coco_panoptic_seg", "none"])
+def test_an_unknown_type_is_refused_with_the_data_sets_name(metadata, tmp_path, evaluator_type):
+    if evaluator_type is not None:
+        metadata.evaluator_type = evaluator_type
+    with pytest.raises(ValueError, match=rf'DATASETS\.TEST names "{NAME}".*"{evaluator_type or "none"}".*Known: coco'):
+        build_evaluator(make_cfg(tmp_path), NAME)
+
+
+def test_a_folder_of_images_cannot_be_evaluated(tmp_path):
+    with pytest.raises(ValueError, match="coco_2017_val_images"):
+        build_evaluator(make_cfg(tmp_path), "coco_2017_val_images")
+
+
+# -------------------------------------------------------------- perfect predictions on generated scenes score 100
+
+
+def run(evaluator: DatasetEvaluator, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    evaluator.reset()
+    for inputs, outputs in pairs:
+        evaluator.process([inputs], [outputs])
+    return evaluator.evaluate()
+
+
+def perfect(dicts: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    pairs = []
+    for d in dicts:
+        instances = Instances((d["height"], d["width"]))
+        boxes = np.array([a["bbox"] for a in d["annotations"]], dtype=np.float32)
+        if d["annotations"][0]["bbox_mode"] == 1:  # XYWH_ABS
+            boxes[:, 2:] += boxes[:, :2]
+        instances.pred_boxes = Boxes(torch.from_numpy(boxes))
+        instances.pred_classes = torch.tensor([a["category_id"] for a in d["annotations"]])
+        instances.scores = torch.ones(len(boxes))
+        pairs.append((d, {"instances": instances}))
+    return pairs
+
+
+def test_coco(tmp_path):
+    dicts = DatasetCatalog.get("scenes_tiny_val")
+    evaluator = build_evaluator(make_cfg(tmp_path), "scenes_tiny_val")
+    assert isinstance(evaluator, FastCOCOEvaluator)
+    assert run(evaluator, perfect(dicts))["bbox"]["AP"] == pytest.approx(100)
+    assert (tmp_path / "inference" / "coco_instances_results.json").exists()
+
+
+def test_voc(tmp_path):
+    dicts = DatasetCatalog.get("scenes_tiny_val_voc")
+    results = run(build_evaluator(make_cfg(tmp_path), "scenes_tiny_val_voc"), perfect(dicts))["bbox"]
+    # A class that is in no image has AP 0 there, which lowers the mean: compare with what is present.
+    present = {a["category_id"] for d in dicts for a in d["annotations"]}
+    assert results["AP50"] == pytest.approx(100 * len(present) / 6)
+
+
+def test_sem_seg_works_on_numpy_2(tmp_path):
+    dicts = DatasetCatalog.get("scenes_tiny_val_sem_seg")
+    num_classes = len(MetadataCatalog.get("scenes_tiny_val_sem_seg").stuff_classes)
+    pairs = []
+    for d in dicts:
+        labels = torch.from_numpy(np.array(Image.open(d["sem_seg_file_name"]))).long()
+        scores = torch.nn.functional.one_hot(labels, num_classes).permute(2, 0, 1).float()
+        pairs.append((d, {"sem_seg": scores}))
+    results = run(build_evaluator(make_cfg(tmp_path), "scenes_tiny_val_sem_seg"), pairs)["sem_seg"]
+    assert results["mIoU"] == pytest.approx(100) and results["pACC"] == pytest.approx(100)
+    pairs[0][1]["sem_seg"] = pairs[0][1]["sem_seg"].roll(1, dims=0)
+    assert run(build_evaluator(make_cfg(tmp_path), "scenes_tiny_val_sem_seg"), pairs)["sem_seg"]["pACC"] < 95

@@ -1,0 +1,228 @@
+#!/usr/bin/env python3
+"""Convert a checkpoint to a backbone for Detectron2, torchvision or timm, and compare the networks.
+
+    python tools/convert_checkpoint.py output/model_final.pth slotcon_r50.pkl --verify
+    python tools/convert_checkpoint.py moco_v2_800ep_pretrain.pth.tar moco_v2_r50.pkl --verify
+    python tools/convert_checkpoint.py output/model_final.pth slotcon_r50_tv.pth --to torchvision
+
+INPUT may be a checkpoint of pretraining or fine-tuning with this package, a Detectron2 model, or a ResNet of
+torchvision, timm, MoCo, the official SlotCon and others, in any format that can be read safely. Without --branch the
+network is taken that the method is known for: the teacher of SlotCon, the student (online network) of CYBORGS,
+DetCon-B and SemCL.
+
+OUTPUT ends in .pkl (NumPy arrays, for MODEL.WEIGHTS of any Detectron2) or .pth (tensors, for torch.load). It also holds
+the input contract: format and statistics of the pixels, and where the network strides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data.detection_utils import read_image
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone, build_resnet_backbone
+from tabulate import tabulate
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from d2_objssl.checkpoint import (
+    FORMAT_VERSION,
+    LAYOUTS,
+    TORCHVISION_CONTRACT,
+    ObjSSLCheckpointer,
+    backbone_prefix,
+    detect_layout,
+    file_sha256,
+    from_detectron2,
+    infer_resnet,
+    input_contract,
+    load_checkpoint,
+    to_detectron2,
+    unwrap_state_dict,
+    write_checkpoint,
+)
+from d2_objssl.config import add_objssl_config
+
+STAGES = ("res2", "res3", "res4", "res5")
+TOLERANCE = 1e-5  # of the largest feature
+IMAGENET_STATISTICS = {"pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.395, 57.12, 57.375]}
+NUM_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        0; 1 if --verify found that the networks differ; 2 for a file or an argument that cannot be used.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", metavar="INPUT", help="file to read, or detectron2:// or https:// address")
+    parser.add_argument("output", metavar="OUTPUT", help="file to write: .pkl or .pth")
+    parser.add_argument("--branch", choices=("student", "teacher"), help="network to take (default: the method's)")
+    parser.add_argument("--layout", choices=("auto", *LAYOUTS, "timm"), default="auto", help="names in INPUT")
+    parser.add_argument("--to", choices=("detectron2", "torchvision", "timm"), default="detectron2")
+    parser.add_argument("--config-file", help="config with the input contract, where INPUT does not have it")
+    parser.add_argument("--verify", action="store_true", help="run both networks on one image, compare res2 to res5")
+    parser.add_argument("--image", help="picture for --verify (default: noise of 224 x 224, always the same)")
+    args = parser.parse_args(argv)
+    try:
+        return convert(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Convert as `args` say, and return the exit status."""
+    checkpoint = load_checkpoint(args.input)
+    layout = detect_layout(checkpoint) if args.layout == "auto" else args.layout
+    prefix = backbone_prefix(checkpoint, layout, branch=args.branch)
+    # Clones: the tensors of INPUT may still lie in the file, and in another memory format.
+    backbone = {
+        name: torch.as_tensor(value).detach().clone(memory_format=torch.contiguous_format)
+        for name, value in to_detectron2(checkpoint, layout, branch=args.branch).items()
+    }
+    metadata = make_metadata(args, checkpoint.get("d2_objssl") or {}, layout, prefix, backbone)
+    contract = metadata["input_contract"]
+    if args.to != "detectron2" and contract["depth"] >= 50 and contract.get("stride_in_1x1"):
+        raise ValueError(f"{args.input} strides in its 1x1 convolutions, {args.to}'s ResNet in the 3x3: not the same")
+    write_output(args.output, backbone, args.to, metadata)
+    print(
+        f"{args.output}: ResNet-{contract['depth']} with {args.to} names, {len(backbone)} tensors, "
+        f'from {args.input} ({layout} names behind "{prefix}")\nsha256 {file_sha256(args.output)}'
+    )
+    if not args.verify:
+        return 0
+    source = build_source(checkpoint, layout, prefix, backbone, metadata)
+    target = build_target(args.output, args.to, metadata, backbone)
+    return compare(source, target, read_input(args.image, contract))
+
+
+def make_metadata(
+    args: argparse.Namespace, stored: Mapping[str, Any], layout: str, prefix: str, backbone: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Metadata of OUTPUT: what INPUT `stored`, completed by the shapes, the layout and --config-file."""
+    contract: dict[str, Any] = dict(stored.get("input_contract") or {})
+    if not contract and layout in ("torchvision", "timm"):
+        contract = TORCHVISION_CONTRACT | IMAGENET_STATISTICS
+    if args.config_file:
+        contract = input_contract(load_config(args.config_file))
+    branch = prefix.split(".")[0]
+    return {
+        "format_version": FORMAT_VERSION,
+        "method": stored.get("method"),
+        "export_branch": branch if branch in ("student", "teacher") else args.branch,
+        "input_contract": contract | infer_resnet(backbone),
+        "config": stored.get("config", ""),
+        "source": {"file": os.path.basename(args.input), "layout": layout, "prefix": prefix},
+    }
+
+
+def load_config(path: str) -> CfgNode:
+    """Read a config file that may use the keys of this package."""
+    cfg = get_cfg()
+    add_objssl_config(cfg)
+    cfg.merge_from_file(path)
+    return cfg
+
+
+def write_output(path: str, backbone: Mapping[str, Tensor], layout: str, metadata: Mapping[str, Any]) -> None:
+    """Write the backbone with the names of `layout`, as arrays (.pkl; bfloat16 becomes float32) or tensors (.pth)."""
+    model: dict[str, Any] = dict(backbone) if layout == "detectron2" else from_detectron2(backbone, layout)
+    if path.endswith(".pkl"):
+        model = {name: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for name, v in model.items()}
+    content: dict[str, Any] = {"model": model, "__author__": "d2_objssl", "d2_objssl": dict(metadata)}
+    if layout == "detectron2":
+        content["matching_heuristics"] = True  # lets Detectron2's own checkpointer find the place in the model
+    write_checkpoint(content, path)
+
+
+def build_source(
+    checkpoint: Mapping[str, Any], layout: str, prefix: str, backbone: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> nn.Module:
+    """The network of INPUT, loaded under INPUT's own names: a picture (1, 3, H, W) -> features by stage."""
+    state = unwrap_state_dict(checkpoint)
+    own = {name[len(prefix) :]: torch.as_tensor(v) for name, v in state.items() if name.startswith(prefix)}
+    if layout in ("torchvision", "timm"):
+        return build_torchvision(own, metadata["input_contract"])
+    if layout == "detectron2" or not metadata["config"]:
+        model = build_detectron2(metadata["input_contract"], backbone)
+        model.load_state_dict(dict(backbone))
+        return model.eval()
+    cfg = CfgNode.load_cfg(metadata["config"])
+    cfg.MODEL.RESNETS.OUT_FEATURES = list(STAGES)
+    model = build_backbone(cfg)
+    model.load_state_dict(own)
+    return model.eval()
+
+
+def build_target(path: str, layout: str, metadata: Mapping[str, Any], backbone: Mapping[str, Any]) -> nn.Module:
+    """The network that `MODEL.WEIGHTS`, or a user of torchvision, gets out of OUTPUT."""
+    if layout != "detectron2":
+        written = unwrap_state_dict(load_checkpoint(path))
+        return build_torchvision({name: torch.as_tensor(v) for name, v in written.items()}, metadata["input_contract"])
+    model = build_detectron2(metadata["input_contract"], backbone)
+    ObjSSLCheckpointer(model, metadata=metadata).load(path, checkpointables=[], require="all")
+    return model.eval()
+
+
+def build_detectron2(contract: Mapping[str, Any], backbone: Mapping[str, Any]) -> nn.Module:
+    """Detectron2's ResNet of the contract, with random weights."""
+    cfg = get_cfg()
+    for name in ("depth", "stride_in_1x1", "num_groups", "width_per_group", "res2_out_channels", "stem_out_channels"):
+        cfg.MODEL.RESNETS[name.upper()] = contract.get(name, False)  # only the stride may be unknown
+    cfg.MODEL.RESNETS.OUT_FEATURES = list(STAGES)
+    cfg.MODEL.RESNETS.NORM = "BN" if "stem.conv1.norm.running_mean" in backbone else "GN"
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    return build_resnet_backbone(cfg, ShapeSpec(channels=3))
+
+
+def build_torchvision(state: Mapping[str, Tensor], contract: Mapping[str, Any]) -> nn.Module:
+    """torchvision's ResNet with the backbone's part of `state`."""
+    depth = contract["depth"]
+    model = ResNet(
+        Bottleneck if depth >= 50 else BasicBlock,
+        list(NUM_BLOCKS[depth]),
+        groups=contract["num_groups"],
+        width_per_group=contract["width_per_group"],
+    )
+    needed = {name for name in model.state_dict() if not name.startswith("fc.")}
+    model.load_state_dict({name: v for name, v in state.items() if name in needed}, strict=False)
+    missing = [name for name in needed - state.keys() if not name.endswith("num_batches_tracked")]
+    if missing:
+        raise ValueError(f"torchvision's ResNet-{depth} misses {', '.join(sorted(missing)[:8])}")
+    return create_feature_extractor(model.eval(), {f"layer{i}": stage for i, stage in enumerate(STAGES, start=1)})
+
+
+def read_input(path: str | None, contract: Mapping[str, Any]) -> Tensor:
+    """The input of both networks, (1, 3, H, W) float32, normalised as the contract says."""
+    if path is None:
+        return torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    image = torch.from_numpy(read_image(path, contract.get("format", "RGB")).astype("float32")).permute(2, 0, 1)
+    mean, std = (torch.tensor(contract.get(k, v)).view(-1, 1, 1) for k, v in IMAGENET_STATISTICS.items())
+    return ((image - mean) / std)[None]
+
+
+@torch.no_grad()
+def compare(source: nn.Module, target: nn.Module, image: Tensor) -> int:
+    """Print how much the features of two networks differ; 1 if by more than TOLERANCE anywhere."""
+    expected, actual = source(image), target(image)
+    rows = []
+    for stage in STAGES:
+        difference = (expected[stage] - actual[stage]).abs().max().item()
+        largest = expected[stage].abs().max().item()
+        rows.append((stage, tuple(actual[stage].shape[1:]), difference, largest, difference <= TOLERANCE * largest))
+    headers = ("stage", "shape", "largest difference", "largest feature", "equal")
+    print(tabulate([(*row[:4], "yes" if row[4] else "NO") for row in rows], headers=headers))
+    return 0 if all(row[4] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+#!/usr/bin/env python
+"""Draw what a config and its weights see, as one PNG.
+
+Examples:
+    # what the mapper feeds to pretraining: views, the area they share, and whether it aligns
+    python tools/visualize.py views --config-file configs/pretrain/slotcon_R_50_800ep_coco.yaml
+    # the regions that a pretrained model finds in your own photos
+    python tools/visualize.py regions --config-file configs/pretrain/slotcon_R_50_800ep_coco.yaml \\
+        --weights output/slotcon/model_final.pth --output regions.png DATASETS.TRAIN "('images:/data/my_photos',)"
+    # ground truth beside what a fine-tuned model detects
+    python tools/visualize.py detections --config-file configs/finetune/COCO/mask_rcnn_R_50_FPN_2fc_1x.yaml \\
+        --weights output/mask_rcnn/model_final.pth --num-images 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.modeling import build_model
+from torch import nn
+
+from d2_objssl.checkpoint import ObjSSLCheckpointer, checkpoint_metadata
+from d2_objssl.data import build_test_loader, build_train_loader
+from d2_objssl.detection_drawing import draw_detections, draw_ground_truth
+from d2_objssl.engine import resolve_norms, setup_cfg
+from d2_objssl.visualization import (
+    contact_sheet,
+    draw_views,
+    overlay_region_map,
+    region_caption,
+    save_png,
+)
+
+_REGION_SIDE = 384  # longer side of an image in the sheet of `regions`, pixels
+_MAX_DETECTION_SIDE = 800  # in the sheet of `detections`
+
+
+def draw_training_views(cfg: CfgNode, args: argparse.Namespace) -> np.ndarray:
+    """Contact sheet of the first views that training on DATASETS.TRAIN draws."""
+    if cfg.INPUT.SSL.NUM_VIEWS == 0:
+        raise ValueError(f"INPUT.SSL.NUM_VIEWS is 0 in {args.config_file}: only pretraining has views to show")
+    batch = next(iter(build_train_loader(cfg)))
+    return draw_views(batch.views, args.num_images).permute(1, 2, 0).numpy()
+
+
+def draw_predicted_regions(cfg: CfgNode, args: argparse.Namespace) -> np.ndarray:
+    """Contact sheet of whole images of DATASETS.TRAIN, each beside its regions."""
+    if cfg.MODEL.META_ARCHITECTURE != "ObjectSSL":
+        raise ValueError(
+            f'MODEL.META_ARCHITECTURE is "{cfg.MODEL.META_ARCHITECTURE}" in {args.config_file}: only the models of '
+            "pretraining, ObjectSSL, predict regions"
+        )
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.MIN_SIZE_TEST = args.min_size or _training_scale(cfg)
+    cfg.freeze()
+    model = load_model(cfg)
+    images, captions = [], []
+    for mapped in first_images(cfg, _first_name(cfg.DATASETS.TRAIN, "DATASETS.TRAIN"), args.num_images):
+        with torch.no_grad():
+            region_map = model([mapped])[0]["region_map"].cpu().numpy()
+        image = resize_longer_side(read_image(mapped["file_name"], "RGB"), _REGION_SIDE)
+        images += [image, overlay_region_map(image, region_map)]
+        captions += [os.path.basename(mapped["file_name"]), region_caption(region_map)]
+    return contact_sheet(images, 4, captions)
+
+
+def draw_predicted_detections(cfg: CfgNode, args: argparse.Namespace) -> np.ndarray:
+    """Contact sheet of images of DATASETS.TEST: ground truth on the left, predictions on the right."""
+    if cfg.MODEL.META_ARCHITECTURE == "ObjectSSL":
+        raise ValueError(f'MODEL.META_ARCHITECTURE is "ObjectSSL" in {args.config_file}: it detects nothing')
+    name = _first_name(cfg.DATASETS.TEST, "DATASETS.TEST")
+    model = load_model(cfg)
+    metadata = MetadataCatalog.get(name)
+    ground_truth = {d["file_name"]: d for d in DatasetCatalog.get(name)}
+    images, captions = [], []
+    for mapped in first_images(cfg, name, args.num_images):
+        with torch.no_grad():
+            prediction = model([mapped])[0]
+        if "instances" not in prediction:
+            raise ValueError(f'MODEL.META_ARCHITECTURE "{cfg.MODEL.META_ARCHITECTURE}" predicts no instances')
+        image = read_image(mapped["file_name"], "RGB")
+        images += [
+            draw_ground_truth(ground_truth[mapped["file_name"]], metadata),
+            draw_detections(image, prediction["instances"], metadata, args.score_threshold),
+        ]
+        captions += [
+            f"{os.path.basename(mapped['file_name'])}: ground truth",
+            f"predictions from {args.score_threshold:.0%}",
+        ]
+    images = [x if max(x.shape) <= _MAX_DETECTION_SIDE else resize_longer_side(x, _MAX_DETECTION_SIDE) for x in images]
+    return contact_sheet(images, 2, captions)
+
+
+def load_model(cfg: CfgNode) -> nn.Module:
+    """Build the model of `cfg` and fill all of it from MODEL.WEIGHTS."""
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError("no weights were given: name a checkpoint with --weights FILE")
+    model = build_model(resolve_norms(cfg))
+    ObjSSLCheckpointer(model, metadata=checkpoint_metadata(cfg)).load(cfg.MODEL.WEIGHTS, require="all")
+    return model.eval()
+
+
+def first_images(cfg: CfgNode, dataset_name: str, num_images: int) -> Iterator[dict[str, Any]]:
+    """The first images of a data set, whole, as the mapper gives them to a model in evaluation."""
+    batches = build_test_loader(cfg, dataset_name)
+    return itertools.islice(itertools.chain.from_iterable(batches), num_images)
+
+
+def resize_longer_side(image: np.ndarray, side: int) -> np.ndarray:
+    """Resize an (H, W, 3) uint8 image so that its longer side has `side` pixels."""
+    height, width = image.shape[:2]
+    scale = side / max(height, width)
+    size = (max(round(width * scale), 1), max(round(height * scale), 1))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+
+
+def _training_scale(cfg: CfgNode) -> int:
+    """Shorter side at which things in a whole image are about as large as in the views that the model learned from."""
+    ssl = cfg.INPUT.SSL
+    return round(ssl.CROP_SIZE / (sum(ssl.CROP_SCALE) / 2) ** 0.5)
+
+
+def _first_name(names: Sequence[str], key: str) -> str:
+    if not names:
+        raise ValueError(f"{key} is empty; name a data set, as KEY VALUE at the end of the command")
+    return names[0]
+
+
+_COMMANDS = {
+    "views": (draw_training_views, "the views that pretraining is fed with, and the areas that they share"),
+    "regions": (draw_predicted_regions, "the regions that a pretrained model finds in whole images of DATASETS.TRAIN"),
+    "detections": (draw_predicted_detections, "ground truth and a fine-tuned model's predictions on DATASETS.TEST"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    summary, examples = (__doc__ or "").split("\n\n", 1)
+    parser = argparse.ArgumentParser(description=summary, epilog=examples, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (_, text) in _COMMANDS.items():
+        about = f"Draw {text}."
+        command = commands.add_parser(name, help=text, description=about, epilog=examples, formatter_class=raw)
+        command.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+        command.add_argument("--num-images", type=int, default=4, metavar="N", help="images in the sheet (default: 4)")
+        command.add_argument("--output", metavar="PNG", help=f"the picture (default: OUTPUT_DIR/{name}.png)")
+        if name != "views":
+            command.add_argument("--weights", metavar="FILE", help="checkpoint (default: the config's MODEL.WEIGHTS)")
+        if name == "regions":
+            text = "shorter side of the images for the network (default: as large as views show things on average)"
+            command.add_argument("--min-size", type=int, metavar="PIXELS", help=text)
+        if name == "detections":
+            text = "leave out detections below it (default: 0.5)"
+            command.add_argument("--score-threshold", type=float, default=0.5, metavar="S", help=text)
+        command.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draw one picture."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.num_images < 1:
+        parser.error(f"--num-images is {args.num_images}; it must be positive")
+    opts = [*args.opts, "SOLVER.IMS_PER_BATCH", str(args.num_images), "DATALOADER.NUM_WORKERS", "0"]
+    if getattr(args, "weights", None):
+        opts += ["MODEL.WEIGHTS", args.weights]
+    try:
+        cfg = setup_cfg(args.config_file, opts)
+        path = args.output or os.path.join(cfg.OUTPUT_DIR, f"{args.command}.png")
+        save_png(path, _COMMANDS[args.command][0](cfg, args))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
