@@ -29,7 +29,10 @@ setup(
         "torchvision>=0.21",
         "numpy>=1.26",
         "pillow>=10",
-        "opencv-python-headless>=4.8",  # opencv-python's cv2 without its windows, which need libGL: servers have none
+        # opencv-python's cv2 with selective search, and without windows, which need libGL: servers have none
+        "opencv-contrib-python-headless>=4.8",
+        "scikit-image>=0.22",  # Felzenszwalb's segmentation
+        "scipy>=1.11",  # MATLAB files of proposals
         "fvcore>=0.1.5.post20221221",
         "iopath>=0.1.7,<0.1.11",
         "matplotlib>=3.6",

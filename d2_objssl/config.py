@@ -38,6 +38,7 @@ def _add_model_config(cfg: CN) -> None:
         head.OUT_DIM = 256
         head.NORM = "SyncBN"
         head.ACTIVATION = "gelu"
+        head.LAST_BIAS = True  # whether the last layer has a bias
 
     slotcon = ssl.SLOTCON = CN()
     slotcon.NUM_PROTOTYPES = 256  # K
@@ -49,6 +50,34 @@ def _add_model_config(cfg: CN) -> None:
     slotcon.ALIGN = "assignment"  # where views are aligned: "assignment" | "projection" (supplement, Table 3c)
     slotcon.SLOT_LOSS = "contrastive"  # "contrastive" | "regression" (supplement, Table 3b)
     slotcon.IMAGE_LOSS_WEIGHT = 0.0  # of the MoCo-v3 image-level loss (supplement, Table 3d)
+
+    _add_region_method_config(ssl)
+
+
+def _add_region_method_config(ssl: CN) -> None:
+    """DetCon and CYBORGS, which contrast the regions of INPUT.REGIONS."""
+    detcon = ssl.DETCON = CN()
+    detcon.NUM_REGIONS = 16  # M, regions drawn from each view
+    detcon.MAX_REGION_IDS = 256  # region ids are below this; more regions in an image than this are an error or are cut
+    detcon.TEMP = 0.1  # tau
+    detcon.LOCAL_NEGATIVES = True  # other regions of the same image are negatives
+    detcon.GLOBAL_NEGATIVES = True  # images of other processes are negatives, too (Table 5a)
+    detcon.NUM_VIEWS = 2  # 1: predict regions within one view (Table 5b)
+    detcon.POOLING = "mean"  # "mean" over a region | "sample": the feature of one random cell of it (section 4.4)
+
+    cyborgs = ssl.CYBORGS = CN()
+    cyborgs.CONSISTENCY = "vmf"  # cluster consistency loss: "vmf" | "euclidean" (Table 2f)
+    cyborgs.VMF_KAPPA = 10.0  # kappa, concentration
+    cyborgs.VMF_WEIGHT = 0.1  # lambda
+    cyborgs.VMF_PERIOD = 5  # M, epochs: the consistency loss is on in every M-th epoch
+    cyborgs.WARMUP_EPOCHS = 5.0  # W, the consistency loss alone; masks are bootstrapped when they are over
+    cyborgs.WARMUP_CLUSTERS = 8  # K of the consistency loss during the warm-up
+    cyborgs.MIN_CLUSTERS = 2  # K ~ U[MIN_CLUSTERS, MAX_CLUSTERS], both included
+    cyborgs.MAX_CLUSTERS = 256
+    cyborgs.KMEANS_ITERS = 20
+    cyborgs.BOOTSTRAP_PERIOD = 100.0  # N, epochs between two bootstrappings of the masks
+    cyborgs.BOOTSTRAP_FEATURE = "res3.2"  # stage and block (from 0) of the backbone whose output is clustered
+    cyborgs.IMAGES_PER_CLUSTERING = 16
 
 
 def _add_input_config(cfg: CN) -> None:
@@ -74,6 +103,18 @@ def _add_input_config(cfg: CN) -> None:
     ssl.BLUR_PROB = [1.0, 0.1]
     ssl.BLUR_SIGMA = (0.1, 2.0)  # standard deviation of the blur, pixels of the view
     ssl.SOLARIZE_PROB = [0.0, 0.2]
+
+
+    regions = cfg.INPUT.REGIONS = CN()
+    # Where the regions of the views come from: "none" | "grid" | "global" (the whole image) | "felzenszwalb" |
+    # "selective_search" | "instances" or "sem_seg" (ground truth of the data set) | "file" (tools/generate_masks.py) |
+    # "bootstrap" (CYBORGS makes them during the run).
+    regions.SOURCE = "none"
+    regions.ROOT = ""  # "file": the folder that tools/generate_masks.py filled
+    regions.GRID_SIZE = 5  # n of the n x n grid
+    # (scale, min_size) of Felzenszwalb and Huttenlocher; of several, one is drawn for each image.
+    regions.FELZENSZWALB = ((1000.0, 1000),)
+    regions.NUM_PROPOSALS = 16  # how many overlapping proposals an image keeps, the best by score; at most 16
 
 
 def _add_solver_config(cfg: CN) -> None:

@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 
 
+NO_REGION = -1  # label of the pixels that belong to no region
+MAX_OVERLAPPING = 16  # regions of a bit set, which thus fits into a 16-bit PNG
+
+
 @dataclass
 class ViewBatch:
     """One view of each of N images.
@@ -23,13 +27,16 @@ class ViewBatch:
         images: (N, 3, S, S) uint8 RGB, 0-255, until `ObjectSSL.preprocess_views` normalises it to float32.
         crop_boxes: (N, 4) float32, XYXY_ABS, continuous coordinates of the original image.
         hflip: (N,) bool, True where the crop was mirrored left to right after cropping.
-        region_maps: (N, S, S) integer region ids of the view's pixels, moved by the image's own transforms; or None.
+        region_maps: (N, S, S) integer region ids of the view's pixels, moved by the image's own transforms, NO_REGION
+            where there is none; with `overlapping` bit sets instead: bit r is 1 where region r covers the pixel. Or None.
+        overlapping: whether `region_maps` holds bit sets of at most MAX_OVERLAPPING regions.
     """
 
     images: Tensor
     crop_boxes: Tensor
     hflip: Tensor
     region_maps: Tensor | None = None
+    overlapping: bool = False
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -69,7 +76,7 @@ class RegionEmbeddings:
         ids: (N, M) int64 region ids; equal ids of an image correspond between its views.
         valid: (N, M) bool, True where the region is present in the view.
         scores: (N, K, h, w) similarity of every cell to every region, in [-1, 1]; or None.
-        features: (N, D, h, w) projected feature map; or None.
+        features: (N, D, h, w) feature map (SlotCon: projected; CYBORGS: fused levels, C channels); or None.
         image: (N, D) embedding of the whole view; or None.
     """
 

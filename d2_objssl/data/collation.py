@@ -37,9 +37,12 @@ def collate_views(dataset_dicts: list[dict[str, Any]]) -> SSLBatch:
 
     Args:
         dataset_dicts: N outputs of `ObjSSLDatasetMapper`, each with "views": V dicts of "image" (3, S, S) uint8,
-            "crop_box" (4,) float32 XYXY_ABS, "hflip" bool and optionally "region_map" (S, S).
+            "crop_box" (4,) float32 XYXY_ABS, "hflip" bool and optionally "region_map" (S, S), and optionally
+            "overlapping_regions" True where the region maps are bit sets; see `structures.ViewBatch`.
     """
     views = []
+    overlapping = {bool(d.get("overlapping_regions")) for d in dataset_dicts}
+    assert len(overlapping) == 1, "images with and without overlapping regions in one batch"
     for group in zip(*(d["views"] for d in dataset_dicts), strict=True):
         maps = [v["region_map"] for v in group if v.get("region_map") is not None]
         views.append(
@@ -49,6 +52,7 @@ def collate_views(dataset_dicts: list[dict[str, Any]]) -> SSLBatch:
                 crop_boxes=torch.stack([v["crop_box"] for v in group]),
                 hflip=torch.tensor([v["hflip"] for v in group]),
                 region_maps=torch.stack(maps) if maps else None,
+                overlapping=overlapping == {True},
             )
         )
     return SSLBatch(

@@ -221,6 +221,8 @@ class Trainer(DefaultTrainer):
         if getattr(model, "teacher", None) is not None:
             teacher = cfg.MODEL.SSL.TEACHER
             ret.insert(0, EMATeacher(model.teacher, model.student, teacher.MOMENTUM, teacher.MOMENTUM_SCHEDULE))
+        if getattr(model, "build_method_hooks", None) is not None:
+            ret[1:1] = model.build_method_hooks(self)
         return ret
 
     def after_train(self) -> None:

@@ -62,6 +62,7 @@ class MLP(nn.Module):
         norm: str = "BN",
         activation: str = "gelu",
         last_norm: bool = False,
+        last_bias: bool = True,
     ) -> None:
         """
         Args:
@@ -70,6 +71,7 @@ class MLP(nn.Module):
             norm: "", "BN", "SyncBN" or "naiveSyncBN".
             activation: "gelu" or "relu".
             last_norm: end with a normalisation without scale and shift (MoCo-v3's projector).
+            last_bias: whether the last linear layer has a bias (DetCon's has none).
 
         Raises:
             ValueError: for an unknown norm or activation, or num_fc < 1.
@@ -82,7 +84,7 @@ class MLP(nn.Module):
         dims = [in_dim] + [fc_dim] * (num_fc - 1) + [out_dim]
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for i, (d_in, d_out) in enumerate(pairwise(dims), start=1):
-            layers[f"fc{i}"] = nn.Linear(d_in, d_out)
+            layers[f"fc{i}"] = nn.Linear(d_in, d_out, bias=last_bias or i < num_fc)
             if i < num_fc:
                 layers[f"norm{i}"] = _row_norm(norm, d_out)
                 layers[f"act{i}"] = _ACTIVATIONS[activation]()
@@ -92,7 +94,8 @@ class MLP(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     @staticmethod
     def from_config(cfg: CfgNode, in_dim: int) -> MLP:
@@ -104,6 +107,7 @@ class MLP(nn.Module):
             out_dim=cfg.OUT_DIM,
             norm=cfg.NORM,
             activation=cfg.ACTIVATION,
+            last_bias=cfg.LAST_BIAS,
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -83,6 +83,8 @@ class ObjectSSL(nn.Module):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False) if use_teacher else None
         self.criterion = method.criterion
         self.sample = method.sample
+        self.separate_teacher_regions = method.separate_teacher_regions
+        self.build_method_hooks = method.build_hooks
         self.num_views = method.num_views
         self.export_branch = export_branch
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -164,6 +166,8 @@ class ObjectSSL(nn.Module):
         """Embeddings of the teacher without gradient; the student's own where there is no teacher."""
         if self.teacher is None:
             return student
+        if self.separate_teacher_regions:
+            regions = self.sample_regions(views)
         return [self.teacher(view, region) for view, region in zip(views, regions, strict=True)]
 
     @torch.no_grad()
@@ -211,6 +215,7 @@ class ObjectSSL(nn.Module):
             storage.put_scalars(**{k: float(v) for k, v in metrics.items()}, smoothing_hint=False)
         if self.vis_period > 0 and storage.iter % self.vis_period == 0:
             storage.put_image("views", draw_views(views))
-            if all(t.scores is not None for t in teacher):
-                maps = [t.scores.argmax(dim=1) for t in teacher if t.scores is not None]
-                storage.put_image("regions", draw_regions(views, maps))
+            maps = [v.region_maps if t.scores is None else t.scores.argmax(dim=1) for v, t in zip(views, teacher, strict=True)]
+            known = [m for m in maps if m is not None]
+            if len(known) == len(views) and not any(v.overlapping for v in views):
+                storage.put_image("regions", draw_regions(views, known))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from detectron2.engine import HookBase
 from detectron2.utils.registry import Registry
 from torch import nn
 
@@ -28,9 +29,14 @@ class SSLMethod(NamedTuple):
             `metrics` (dict of scalar tensors) is logged.
         sample: `(views) -> list`, what the embedder gets as `regions` for each view; None passes None.
         num_views: number of views the method works on.
+        separate_teacher_regions: the teacher gets regions of its own from a second call of `sample`.
+        build_hooks: `(trainer) -> list[HookBase]`, hooks of the method, run after the teacher's update and before
+            checkpoints are written; None: there are none.
     """
 
     embedder: nn.Module
     criterion: nn.Module
     sample: Callable[[list[ViewBatch]], list[Any]] | None = None
     num_views: int = 2
+    separate_teacher_regions: bool = False
+    build_hooks: Callable[[Any], list[HookBase]] | None = None
