@@ -2,8 +2,10 @@
 """Does pretraining help? Fine-tunes one detector from several initialisations at an equal schedule and compares the AP.
 
 Pretrains each method on the unlabelled scenes, converts the checkpoint, fine-tunes Mask R-CNN on the few labelled
-ones, and does the same from random initialisation; for every seed. Writes a table, AP curves and a JSON record. Runs of
-an earlier call in the same --output folder that finished are not repeated, interrupted ones are resumed.
+ones, and does the same from random initialisation; for every seed. The row "byol" is DetCon-B with the whole image as its
+only region; "detcon_gt" sees the true masks of the unlabelled scenes: an upper bound, not self-supervised. Writes a
+table, AP curves and a JSON record. Runs of an earlier call in the same --output folder that finished are not repeated,
+interrupted ones are resumed.
 
 Example:
     python benchmarks/transfer.py --methods random slotcon --seeds 0 1 2 --output output/transfer \\
@@ -34,10 +36,16 @@ from d2_objssl.visualization import plot_curves
 
 ROOT = Path(__file__).resolve().parent.parent
 FINETUNE_CONFIG = "configs/quick/mask_rcnn_R_18_FPN_scenes.yaml"
-# Method -> pretraining config; None: random initialisation.
-METHODS = {
+_DETCON = "configs/quick/detcon_b_R_18_scenes.yaml"
+# Method -> pretraining config and overrides; None: random initialisation.
+METHODS: dict[str, tuple[str, list[str]] | None] = {
     "random": None,
-    "slotcon": "configs/quick/slotcon_R_18_scenes.yaml",
+    "slotcon": ("configs/quick/slotcon_R_18_scenes.yaml", []),
+    "byol": (_DETCON, ["INPUT.REGIONS.SOURCE", "global", "MODEL.SSL.DETCON.NUM_REGIONS", "1"]),
+    "detcon_grid": (_DETCON, ["INPUT.REGIONS.SOURCE", "grid"]),
+    "detcon_fh": (_DETCON, []),
+    "detcon_gt": (_DETCON, ["INPUT.REGIONS.SOURCE", "instances"]),
+    "cyborgs": ("configs/quick/cyborgs_R_18_scenes.yaml", []),
 }
 METRICS = ("bbox/AP", "segm/AP")
 
@@ -129,11 +137,12 @@ def execute(run: Run, threads: int) -> None:
 
 def pretrain(method: str, seed: int, args: argparse.Namespace, threads: int) -> str:
     """Pretrain and convert; returns the path of the Detectron2 weights, "" for random initialisation."""
-    config = METHODS[method]
-    if config is None:
+    setting = METHODS[method]
+    if setting is None:
         return ""
+    config, overrides = setting
     output = args.output / f"pretrain_{method}_seed{seed}"
-    run = Run(f"pretrain {method} seed {seed}", config, output, ["SEED", str(seed), *args.pretrain_opts])
+    run = Run(f"pretrain {method} seed {seed}", config, output, ["SEED", str(seed), *overrides, *args.pretrain_opts])
     execute(run, threads)
     weights = output / "backbone.pkl"
     if not weights.exists():
@@ -195,7 +204,7 @@ def compare(
 def main(argv: list[str] | None = None) -> int:
     """Run the comparison; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["random", "slotcon"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of pretraining and fine-tuning alike")
     parser.add_argument("--output", type=Path, default=Path("output/transfer"))
     parser.add_argument("--record", type=Path, help="JSON file for the result")
@@ -247,7 +256,8 @@ def main(argv: list[str] | None = None) -> int:
             args.record,
             {
                 "task": "Mask R-CNN R18-FPN on scenes_train (100 images), AP on scenes_val (100 images)",
-                "pretrain_configs": {m: METHODS[m] for m in args.methods},
+                "pretrain_configs": {m: setting[0] if (setting := METHODS[m]) else None for m in args.methods},
+                "method_opts": {m: setting[1] for m in args.methods if (setting := METHODS[m])},
                 "finetune_config": FINETUNE_CONFIG,
                 "pretrain_opts": args.pretrain_opts,
                 "finetune_opts": args.finetune_opts,

@@ -21,7 +21,8 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from .load_guard import (
-    TORCHVISION_CONTRACT,
+    LAYOUT_CONTRACTS,
+    PADDING_ERROR,
     LoadReport,
     backbone_keys,
     build_report,
@@ -45,7 +46,8 @@ from .weight_names import (
 __all__ = [
     "FORMAT_VERSION",
     "LAYOUTS",
-    "TORCHVISION_CONTRACT",
+    "LAYOUT_CONTRACTS",
+    "PADDING_ERROR",
     "CheckpointError",
     "LoadReport",
     "ObjSSLCheckpointer",
@@ -94,9 +96,9 @@ class ObjSSLCheckpointer(DetectionCheckpointer):
 
     `MODEL.WEIGHTS` may be, in any format of `load_checkpoint`: a checkpoint of pretraining (of its branches the one
     that `to_detectron2` takes: the teacher's backbone for SlotCon, the student's for CYBORGS, DetCon-B and SemCL), a
-    file of torchvision, timm, MoCo, SlotCon..., a backbone with Detectron2's names, a model of the Detectron2 or
-    Caffe2 zoo, a fine-tuned model. A backbone goes to every place where the model has one: an ObjectSSL model's
-    student and teacher, `backbone.bottom_up`, `backbone`, a C4 model's `roi_heads.res5`.
+    file of torchvision, timm, MoCo, SlotCon..., of DetCon in JAX, a backbone with Detectron2's names, a model of the
+    Detectron2 or Caffe2 zoo, a fine-tuned model. A backbone goes to every place where the model has one: an ObjectSSL
+    model's student and teacher, `backbone.bottom_up`, `backbone`, a C4 model's `roi_heads.res5`.
 
     When resuming, everything must load; a damaged last checkpoint is passed over for the newest readable one before it.
     """
@@ -254,9 +256,9 @@ class ObjSSLCheckpointer(DetectionCheckpointer):
         if self.metadata is None:
             return
         stored = (checkpoint.get("d2_objssl") or {}).get("input_contract")
-        if stored is None and _layout(checkpoint) == "torchvision":
-            stored = TORCHVISION_CONTRACT
-        compare_contracts(stored or {}, self.metadata["input_contract"], path)
+        if stored is None:
+            stored = LAYOUT_CONTRACTS.get(_layout(checkpoint) or "", {})
+        compare_contracts(stored, self.metadata["input_contract"], path)
 
 
 def _layout(checkpoint: Mapping[str, Any]) -> str | None:

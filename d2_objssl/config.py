@@ -11,6 +11,11 @@ def add_objssl_config(cfg: CN) -> None:
 
 
 def _add_model_config(cfg: CN) -> None:
+    # These two are used by MODEL.BACKBONE.NAME "build_objssl_resnet_backbone" and "build_objssl_resnet_fpn_backbone".
+    cfg.MODEL.RESNETS.WIDTH_MULTIPLIER = 1  # of all channels, the stem's included; 2: "ResNet-50 (2x)"
+    # How strided convolutions and the stem's pooling pad: "symmetric" (PyTorch) | "same" (TensorFlow, haiku).
+    cfg.MODEL.RESNETS.PADDING = "symmetric"
+
     ssl = cfg.MODEL.SSL = CN()
     # The pretraining method: a name of SSL_METHOD_REGISTRY. Used by MODEL.META_ARCHITECTURE "ObjectSSL" alone.
     ssl.METHOD = "SlotCon"
@@ -39,6 +44,7 @@ def _add_model_config(cfg: CN) -> None:
         head.NORM = "SyncBN"
         head.ACTIVATION = "gelu"
         head.LAST_BIAS = True  # whether the last layer has a bias
+        head.LAST_NORM = False  # whether it ends in a normalisation without scale and shift
 
     slotcon = ssl.SLOTCON = CN()
     slotcon.NUM_PROTOTYPES = 256  # K
@@ -52,6 +58,11 @@ def _add_model_config(cfg: CN) -> None:
     slotcon.IMAGE_LOSS_WEIGHT = 0.0  # of the MoCo-v3 image-level loss (supplement, Table 3d)
 
     _add_region_method_config(ssl)
+
+    semcl = ssl.SEMCL = CN()
+    semcl.TEMP = 0.2  # tau
+    # "paired": the negatives of an object are its own surroundings (Eq. 3) | "unpaired": other images, as in MoCo-v3.
+    semcl.LOSS = "paired"
 
 
 def _add_region_method_config(ssl: CN) -> None:
@@ -68,10 +79,11 @@ def _add_region_method_config(ssl: CN) -> None:
     cyborgs = ssl.CYBORGS = CN()
     cyborgs.CONSISTENCY = "vmf"  # cluster consistency loss: "vmf" | "euclidean" (Table 2f)
     cyborgs.VMF_KAPPA = 10.0  # kappa, concentration
-    cyborgs.VMF_WEIGHT = 0.1  # lambda
-    cyborgs.VMF_PERIOD = 5  # M, epochs: the consistency loss is on in every M-th epoch
+    cyborgs.VMF_WEIGHT = 0.1  # lambda, after the warm-up; in it the weight is 1
+    # M, epochs: the consistency loss is on in every M-th epoch. 0: only in the warm-up (Table 2g).
+    cyborgs.VMF_PERIOD = 5
     cyborgs.WARMUP_EPOCHS = 5.0  # W, the consistency loss alone; masks are bootstrapped when they are over
-    cyborgs.WARMUP_CLUSTERS = 8  # K of the consistency loss during the warm-up
+    cyborgs.WARMUP_CLUSTERS = 8  # K of the consistency loss during the warm-up, and of whole images in inference
     cyborgs.MIN_CLUSTERS = 2  # K ~ U[MIN_CLUSTERS, MAX_CLUSTERS], both included
     cyborgs.MAX_CLUSTERS = 256
     cyborgs.KMEANS_ITERS = 20
@@ -82,7 +94,8 @@ def _add_region_method_config(ssl: CN) -> None:
 
 def _add_input_config(cfg: CN) -> None:
     ssl = cfg.INPUT.SSL = CN()
-    # Number of augmented views of an image. 0: the mapper is Detectron2's DatasetMapper, for fine-tuning.
+    # Number of augmented views of an image, or of a pair (INPUT.PAIRS): then half of them show the object, half its
+    # surroundings. 0: the mapper is Detectron2's DatasetMapper, for fine-tuning.
     ssl.NUM_VIEWS = 0
     ssl.CROP_SIZE = 224  # side of a view, pixels
     ssl.CROP_SCALE = (0.08, 1.0)  # area of a crop, as a share of the image's
@@ -116,12 +129,24 @@ def _add_input_config(cfg: CN) -> None:
     regions.FELZENSZWALB = ((1000.0, 1000),)
     regions.NUM_PROPOSALS = 16  # how many overlapping proposals an image keeps, the best by score; at most 16
 
+    pairs = cfg.INPUT.PAIRS = CN()
+    # Labels that make the pairs (object, surroundings) of SemCL: "none" | "sem_seg" (label maps) | "instances" (the union
+    # of a category's masks) | "both" (the classes of either).
+    pairs.SOURCE = "none"
+    pairs.MIN_AREA = 0.01  # t: a class that covers a smaller share of the image makes no pair
+    # Names of semantic classes that are no objects; "things" stands for all objects in COCO's panoptic stuff maps.
+    pairs.SKIP_CLASSES = ("background", "things")
+    pairs.CACHE_DIR = ""  # where the index of all pairs is kept; "": the folder pair_index in OUTPUT_DIR
+
 
 def _add_solver_config(cfg: CN) -> None:
     solver = cfg.SOLVER
     solver.OPTIMIZER = "SGD"  # "SGD" | "LARS" | "ADAMW"
     solver.LARS_TRUST_COEFFICIENT = 0.001  # eta
     solver.ADAMW_BETAS = (0.9, 0.999)
+    # Parts into which a batch is cut; they go through the model one after the other, for one step of the optimiser.
+    solver.ACCUMULATION_STEPS = 1
+    # LR_SCHEDULER_NAME is one of Detectron2's, or "OneCycleLR": see engine.schedule.build_lr_scheduler.
     # > 0: the learning rate is BASE_LR * IMS_PER_BATCH / REFERENCE_BATCH (linear scaling). 0: it is BASE_LR.
     solver.REFERENCE_BATCH = 0
     # > 0: MAX_ITER, WARMUP_ITERS, STEPS and CHECKPOINT_PERIOD are computed from these and the data set's size.

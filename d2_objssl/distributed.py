@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 from torch import Tensor
+from torch.distributed.nn.functional import all_gather
 
 
 def gather_rows(x: Tensor) -> tuple[Tensor, int]:
@@ -49,6 +50,16 @@ def gather_keys(x: Tensor) -> tuple[Tensor, int]:
     gathered = [torch.empty_like(x) for _ in range(comm.get_world_size())]
     dist.all_gather(gathered, x)
     return torch.cat(gathered), comm.get_rank() * x.shape[0]
+
+
+def gather_with_gradient(x: Tensor) -> tuple[Tensor, int]:
+    """`gather_keys` with gradient: what any process derives from the rows of `x` comes back to them, summed.
+
+    Averaged over the processes, as DistributedDataParallel does, this is the gradient of the mean of their losses.
+    """
+    if comm.get_world_size() == 1:
+        return x, 0
+    return torch.cat(all_gather(x)), comm.get_rank() * x.shape[0]
 
 
 def all_reduce_mean(x: Tensor) -> Tensor:

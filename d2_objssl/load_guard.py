@@ -23,12 +23,18 @@ logger = logging.getLogger(__name__)
 
 # What the pixels must be like, then what a ResNet computes beside its weights.
 _INPUT_KEYS = {"format": "INPUT.FORMAT", "pixel_mean": "MODEL.PIXEL_MEAN", "pixel_std": "MODEL.PIXEL_STD"}
+_WIDTHS = ("width_per_group", "res2_out_channels", "stem_out_channels")
 _RESNET_KEYS = {
-    name: f"MODEL.RESNETS.{name.upper()}"
-    for name in ("depth", "stride_in_1x1", "num_groups", "width_per_group", "res2_out_channels", "stem_out_channels")
+    name: f"MODEL.RESNETS.{name.upper()}" for name in ("depth", "stride_in_1x1", "padding", "num_groups", *_WIDTHS)
 }
-# Whoever trains under torchvision's names feeds RGB and strides in the 3x3; the pixel statistics may differ.
-TORCHVISION_CONTRACT = {"format": "RGB", "stride_in_1x1": False}
+# Whoever trains under these names feeds RGB and strides in the 3x3; the pixel statistics may differ.
+LAYOUT_CONTRACTS: dict[str, dict[str, Any]] = {
+    "torchvision": {"format": "RGB", "stride_in_1x1": False, "padding": "symmetric"},
+    "haiku": {"format": "RGB", "stride_in_1x1": False, "padding": "same"},
+}
+# By how much the features of a network change with its padding: mean of 5 ResNet-50 with haiku's initialisation, on
+# noise of 224 x 224. Statistics of batch normalisation that fit the images can raise it to 100 %.
+PADDING_ERROR = "43, 37, 31 and 30 % (relative L2 at res2 to res5, random weights; --verify measures it for a file)"
 
 # Entries of a state dict that are right without having been loaded: counters and index tables.
 _COMPUTED = re.compile(r"(^|\.)(num_batches_tracked|relative_position_index)$")
@@ -41,16 +47,34 @@ def input_contract(cfg: CfgNode) -> dict[str, Any]:
 
     Returns:
         format ("RGB" or "BGR"), pixel_mean and pixel_std (lists, in 0-255, in the order of format); for ResNets
-        also depth, stride_in_1x1, num_groups, width_per_group, res2_out_channels, stem_out_channels.
+        also depth, stride_in_1x1, padding ("symmetric" or "same"), num_groups, and, multiplied by WIDTH_MULTIPLIER,
+        width_per_group, res2_out_channels, stem_out_channels.
+
+    Raises:
+        ValueError: if MODEL.BACKBONE.NAME has no use for WIDTH_MULTIPLIER or PADDING as they are set.
     """
-    keys = _INPUT_KEYS | (_RESNET_KEYS if "resnet" in cfg.MODEL.BACKBONE.NAME else {})
-    values = {}
-    for name, key in keys.items():
-        value: Any = cfg
-        for part in key.split("."):
-            value = value[part]
-        values[name] = [float(v) for v in value] if isinstance(value, (list, tuple)) else value
+    name = cfg.MODEL.BACKBONE.NAME
+    # Configs without the keys of this package are read, too.
+    multiplier = cfg.MODEL.RESNETS.get("WIDTH_MULTIPLIER", 1)
+    padding = cfg.MODEL.RESNETS.get("PADDING", "symmetric")
+    if (multiplier, padding) != (1, "symmetric") and "build_objssl_resnet" not in name:
+        raise ValueError(
+            f'MODEL.RESNETS.WIDTH_MULTIPLIER is {multiplier} and PADDING "{padding}", which MODEL.BACKBONE.NAME {name} '
+            "leaves aside; build_objssl_resnet_backbone and build_objssl_resnet_fpn_backbone use them"
+        )
+    keys = _INPUT_KEYS | (_RESNET_KEYS if "resnet" in name else {})
+    values = {key: _plain_value(cfg, path) for key, path in keys.items() if key != "padding"}
+    if "resnet" in name:
+        values |= {"padding": padding, **{key: values[key] * multiplier for key in _WIDTHS}}
     return values
+
+
+def _plain_value(cfg: CfgNode, path: str) -> Any:
+    """The value of a key such as "MODEL.PIXEL_MEAN", sequences as lists of floats."""
+    value: Any = cfg
+    for part in path.split("."):
+        value = value[part]
+    return [float(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def check_input_contract(stored: Mapping[str, Any], cfg: CfgNode) -> None:
@@ -64,6 +88,8 @@ def check_input_contract(stored: Mapping[str, Any], cfg: CfgNode) -> None:
 
 def compare_contracts(stored: Mapping[str, Any], current: Mapping[str, Any], source: str) -> None:
     """As `check_input_contract`, for a contract `stored` in the file `source` and one that is already read."""
+    if "depth" in stored:  # older contracts do not mention the padding
+        stored = {"padding": "symmetric"} | dict(stored)
     lines = []
     for name, key in (_INPUT_KEYS | _RESNET_KEYS).items():
         # Basic blocks have no 1x1 convolution to put a stride or groups in.
@@ -74,8 +100,19 @@ def compare_contracts(stored: Mapping[str, Any], current: Mapping[str, Any], sou
         listed = "\n  ".join(lines)
         raise ValueError(
             f"the input contract of {source} is not that of this config:\n  {listed}\n"
-            "Set these keys to the checkpoint's values"
+            f"Set these keys to the checkpoint's values{_padding_hint(stored, current)}"
         )
+
+
+def _padding_hint(stored: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """What else there is to do about a difference in padding."""
+    if "padding" not in stored or "padding" not in current or stored["padding"] == current["padding"]:
+        return ""
+    return (
+        '. MODEL.RESNETS.PADDING "same" also needs MODEL.BACKBONE.NAME build_objssl_resnet_fpn_backbone or '
+        "build_objssl_resnet_backbone.\nOr convert the file with tools/convert_checkpoint.py --padding "
+        f"{current['padding']}: then it loads, but its features are off by about {PADDING_ERROR}"
+    )
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -76,10 +76,10 @@ def _refusal(name: str) -> str:
 
 
 class _DType:
-    """Stands in for numpy.dtype: numbers and strings only, no objects, no records."""
+    """Stands in for numpy.dtype: numbers, strings, objects (see `_to_array`), no records."""
 
     def __init__(self, code: str, *_: object) -> None:
-        if not re.fullmatch(r"[biufc]\d+|[?SU]\d*", code):
+        if not re.fullmatch(r"[biufc]\d+|[?OSU]\d*", code):
             raise RefusedError(f'it holds an array of type "{code}"; numbers and strings are read')
         self.dtype = np.dtype(code)
 
@@ -94,7 +94,7 @@ class _Array:
     """Stands in for the empty array that is about to get its state."""
 
     def __init__(self, *_: object) -> None:
-        self.array = np.empty(0)
+        self.array: Any = np.empty(0)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         *_, shape, dtype, is_fortran, raw = state
@@ -112,10 +112,13 @@ class _Namespace:
         self.content = dict(state)
 
 
-def _to_array(raw: Any, dtype: Any, shape: Any, order: Any = "C") -> np.ndarray:
+def _to_array(raw: Any, dtype: Any, shape: Any, order: Any = "C") -> Any:
+    """An array from plain bytes; the object itself where it is the only item of a 0-d array (numpy.save of a dict)."""
+    if isinstance(dtype, _DType) and dtype.dtype.hasobject and shape == () and isinstance(raw, list) and len(raw) == 1:
+        return raw[0]
     if isinstance(raw, str):  # written by Python 2
         raw = raw.encode("latin1")
-    if not isinstance(raw, (bytes, bytearray)) or not isinstance(dtype, _DType):
+    if not isinstance(raw, (bytes, bytearray)) or not isinstance(dtype, _DType) or dtype.dtype.hasobject:
         raise RefusedError("it holds an array of objects; numbers and strings are read")
     return np.ndarray(shape, dtype.dtype, buffer=bytes(raw), order=order).copy(order)
 
@@ -136,6 +139,22 @@ def _to_parameter(tensor: torch.Tensor, *_: object) -> torch.Tensor:
     return tensor
 
 
+def _to_jax_array(make: Any, args: Any, state: Any, *_: object) -> _Array:
+    """What JAX calls with the three parts of a pickled NumPy array."""
+    if make is not _Array:
+        raise RefusedError("it holds a JAX array that is not made of a NumPy array")
+    array = _Array(*args)
+    array.__setstate__(state)
+    return array
+
+
+def _to_dict(content: Any = ()) -> dict[Any, Any]:
+    """What stands in for haiku's immutable mappings."""
+    if not isinstance(content, dict):
+        raise RefusedError("it holds a mapping of haiku that is not made of a dict")
+    return content
+
+
 _BUILTINS = (bytes, bytearray, complex, set, frozenset)
 # numpy.core became numpy._core in NumPy 2; __builtin__ is Python 2's builtins.
 _NUMPY_GLOBALS: dict[str, Any] = {
@@ -150,6 +169,9 @@ _PICKLE_GLOBALS: dict[str, Any] = {
     **{f"{m}.{t.__name__}": t for m in ("builtins", "__builtin__") for t in _BUILTINS},
     "collections.OrderedDict": collections.OrderedDict,
     "_codecs.encode": codecs.encode,  # bytes, in old protocols
+    **{f"haiku._src.data_structures.{name}": _to_dict for name in ("FlatMap", "FlatMapping", "frozendict")},
+    "jax._src.array._reconstruct_array": _to_jax_array,
+    "jax._src.device_array.reconstruct_device_array": _to_jax_array,  # before JAX 0.4
     "torch.storage._load_from_bytes": _to_storage,
     "torch._utils._rebuild_tensor_v2": _to_tensor,
     "torch._utils._rebuild_parameter": _to_parameter,
@@ -171,7 +193,7 @@ def _resolve(value: Any, seen: set[int]) -> Any:
         seen: ids of the dicts and lists that are done: a pickle may hold cycles.
     """
     if isinstance(value, _Array):
-        return value.array
+        return _resolve(value.array, seen)
     if isinstance(value, (_DType, type)):
         raise RefusedError("it holds a type instead of data")
     if isinstance(value, _Namespace):

@@ -41,6 +41,10 @@ class ViewBatch:
     def __len__(self) -> int:
         return self.images.shape[0]
 
+    def __getitem__(self, rows: slice) -> ViewBatch:
+        """The view of some of the images."""
+        return self._map_tensors(lambda x: x[rows])
+
     def _map_tensors(self, function) -> ViewBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: function(v) for k, v in values.items() if isinstance(v, Tensor)})

@@ -19,7 +19,7 @@ from detectron2.utils.file_io import PathManager
 from .safe_pickle import RefusedError, load_pickle, load_torch
 
 _TORCH_SUFFIXES = (".pth", ".pt", ".pth.tar", ".ckpt", ".pyth")
-_ACCEPTED = f"{', '.join(_TORCH_SUFFIXES)} (torch.save), .pkl (pickle of arrays), .npz, .safetensors"
+_ACCEPTED = f"{', '.join(_TORCH_SUFFIXES)} (torch.save), .pkl (pickle of arrays), .npy of a dict, .npz, .safetensors"
 _CHUNK = 1 << 20
 
 
@@ -32,7 +32,8 @@ def load_checkpoint(path: str | os.PathLike[str], *, mmap: bool = True) -> dict[
 
     Args:
         path: a file, or an address that Detectron2's PathManager fetches ("detectron2://...", "https://...").
-            `.pth`, `.pt`, `.pth.tar`, `.ckpt`, `.pyth`: torch.save. `.pkl`: a pickle of arrays. `.npz`. `.safetensors`.
+            `.pth`, `.pt`, `.pth.tar`, `.ckpt`, `.pyth`: torch.save. `.pkl`: a pickle of arrays. `.npy`: numpy.save of a
+            dict, as DetCon's. `.npz`. `.safetensors`.
         mmap: let tensors stay in the file until they are used, where the format allows it. The file must not be
             overwritten in place meanwhile.
 
@@ -156,8 +157,11 @@ def _read(local: str, name: str, mmap: bool) -> Any:
             return load_torch(local, mmap=mmap and is_archive)
         with open(local, "rb") as file:
             return load_pickle(file)
-    if name.endswith((".npy", ".npz")):
-        return _read_numpy(local)
+    if name.endswith(".npy"):
+        return _read_npy(local)
+    if name.endswith(".npz"):
+        with np.load(local, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
     if name.endswith(".safetensors"):
         try:
             from safetensors.torch import load_file
@@ -175,12 +179,15 @@ def _check_archive(local: str) -> None:
             raise zipfile.BadZipFile(f"the checksum of its entry {damaged} is wrong")
 
 
-def _read_numpy(local: str) -> Any:
-    loaded = np.load(local, allow_pickle=False)
-    if isinstance(loaded, np.ndarray):
-        return loaded
-    with loaded:
-        return {name: loaded[name] for name in loaded.files}
+def _read_npy(local: str) -> Any:
+    """Read what numpy.save wrote: an array, or a header and the pickle of an object."""
+    with open(local, "rb") as file:
+        is_short = np.lib.format.read_magic(file) == (1, 0)
+        header = np.lib.format.read_array_header_1_0 if is_short else np.lib.format.read_array_header_2_0
+        _, _, dtype = header(file)
+        if dtype.hasobject:
+            return load_pickle(file)
+    return np.load(local, allow_pickle=False)
 
 
 def _num_bytes(value: Any) -> int:

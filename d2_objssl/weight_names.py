@@ -4,10 +4,11 @@
     d2_objssl     teacher.backbone.res2.0.conv1.weight        pretraining with this package
     detectron2    backbone.bottom_up.res2.0.conv1.weight      Detectron2, convert_checkpoint (there without a prefix)
     torchvision   module.encoder_q.layer1.0.conv1.weight      torchvision, timm, MoCo, official SlotCon, ...
+    haiku         params/block_group_0/block_0/conv_0/w       DetCon and BYOL in JAX (weight_names_haiku.py)
 
 "Bare names" are those of `detectron2.modeling.build_resnet_backbone`, without a prefix: `stem.conv1.weight`,
 `stem.conv1.norm.weight`, `res2.0.conv1.weight`, `res2.0.shortcut.norm.running_mean`.
-Values (tensors or arrays) pass through untouched: only names change.
+Values (tensors or arrays) pass through untouched, but for haiku's: only names change.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-LAYOUTS = ("d2_objssl", "detectron2", "torchvision")
+from .weight_names_haiku import HAIKU_ROOTS, flatten_haiku, haiku_to_detectron2
+
+LAYOUTS = ("d2_objssl", "detectron2", "torchvision", "haiku")
 # timm's ResNets have torchvision's names.
 _ALIASES = {"timm": "torchvision"}
 
@@ -44,6 +47,7 @@ _DETECTRON2_KEY = re.compile(
 _ROOTS = {
     "detectron2": ("stem.conv1.weight", "res2.0.conv1.weight"),
     "torchvision": ("conv1.weight", "layer1.0.conv1.weight"),
+    "haiku": HAIKU_ROOTS,
 }
 # Entries of a checkpoint that hold its weights, and wrappers that put themselves in front of every key.
 _WEIGHT_ENTRIES = ("model", "state_dict", "model_state", "network", "net")
@@ -73,14 +77,17 @@ _BRANCHES = (
     _Branches("online_backbone.", "target_backbone.", "student"),
     _Branches("backbone.", "backbone_momentum.", "student"),  # lightly
     _Branches("student.backbone.", "teacher.backbone.", "teacher"),  # DINO
+    _Branches("online_params/", "target_params/", "student"),  # DetCon and BYOL in JAX
 )
 
-# Blocks in res2 to res5 -> whether they are bottlenecks -> depth.
-_BLOCKS_TO_DEPTH: dict[tuple[int, ...], dict[bool, int]] = {
-    (2, 2, 2, 2): {False: 18},
-    (3, 4, 6, 3): {False: 34, True: 50},
-    (3, 4, 23, 3): {True: 101},
-    (3, 8, 36, 3): {True: 152},
+# Depth of a ResNet -> blocks in res2, res3, res4 and res5; from 50 on they are bottlenecks.
+NUM_BLOCKS = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
 }
 
 
@@ -88,7 +95,8 @@ def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     """Find the weights of a checkpoint: name -> tensor or array.
 
     Goes down entries like "model" or "state_dict", drops what is no tensor, and removes wrappers such as `module.` that
-    all keys share. Where none of this is needed, `checkpoint` itself is returned.
+    all keys share. Nested dicts of haiku become one (`weight_names_haiku.flatten_haiku`). Where none of this is needed,
+    `checkpoint` itself is returned.
 
     Raises:
         ValueError: if there are no weights.
@@ -99,6 +107,8 @@ def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
         if inner is None:
             break
         state = inner
+    if nested := flatten_haiku(state):
+        return nested
     if not all(isinstance(name, str) and hasattr(value, "shape") for name, value in state.items()):
         state = {k: v for k, v in state.items() if isinstance(k, str) and hasattr(v, "shape")}
     if not state:
@@ -113,7 +123,7 @@ def detect_layout(state_dict: Mapping[str, Any]) -> str:
     """Tell the layout of a state dict (or of a whole checkpoint) by its keys.
 
     Returns:
-        "d2_objssl", "detectron2" or "torchvision".
+        "d2_objssl", "detectron2", "torchvision" or "haiku".
 
     Raises:
         ValueError: if no layout fits.
@@ -123,8 +133,9 @@ def detect_layout(state_dict: Mapping[str, Any]) -> str:
         return "torchvision"
     if any(name.startswith("student.backbone.") for name in state):
         return "d2_objssl"
-    if _prefixes(state, "detectron2"):
-        return "detectron2"
+    for layout in ("detectron2", "haiku"):
+        if _prefixes(state, layout):
+            return layout
     raise ValueError(
         f"unknown layout of weights; the first of {len(state)} keys: {', '.join(list(state)[:8])}. "
         f"Known layouts: {', '.join(LAYOUTS)} (also timm's names, which are torchvision's), behind any prefix"
@@ -138,14 +149,15 @@ def to_detectron2(state_dict: Mapping[str, Any], layout: str = "auto", *, branch
 
     Args:
         state_dict: name -> tensor or array; or a whole checkpoint as `load_checkpoint` returns it.
-        layout: "d2_objssl", "detectron2", "torchvision" (or its alias "timm"), or "auto": `detect_layout`.
+        layout: one of LAYOUTS, "timm" (an alias of "torchvision"), or "auto": `detect_layout`.
         branch: "student" or "teacher", where the file holds both. None: the branch that the method is known for:
             what a checkpoint's own metadata says (MODEL.SSL.EXPORT_BRANCH: the teacher for SlotCon, the student for
             CYBORGS, DetCon-B and SemCL), without metadata the teacher if there is one; in other people's files the
-            teacher for SlotCon (`encoder_k`), the student for MoCo (`encoder_q`, `base_encoder`) and the others.
+            teacher for SlotCon (`encoder_k`), the student for MoCo (`encoder_q`, `base_encoder`) and the others, and
+            for DetCon and BYOL in JAX (`online_params`).
 
     Returns:
-        Bare Detectron2 name -> the same value.
+        Bare Detectron2 name -> the same value (haiku's convolutions: with the axes in PyTorch's order).
 
     Raises:
         ValueError: if layout or branch does not fit the keys, or a key of the backbone has no Detectron2 name.
@@ -153,6 +165,8 @@ def to_detectron2(state_dict: Mapping[str, Any], layout: str = "auto", *, branch
     state = unwrap_state_dict(state_dict)
     layout = _resolve_layout(state, layout)
     prefix = backbone_prefix(state_dict, layout, branch=branch)
+    if layout == "haiku":
+        return haiku_to_detectron2(state, prefix)
     bare = dict(_below(state, prefix))
     if layout == "d2_objssl":
         return dict(_below(bare, "bottom_up.")) or bare
@@ -206,17 +220,18 @@ def infer_resnet(state_dict: Mapping[str, Any]) -> dict[str, int]:
     """Read the architecture of a ResNet off the shapes of its weights (bare Detectron2 names).
 
     Returns:
-        depth (18, 34, 50, 101 or 152), num_groups, width_per_group, res2_out_channels, stem_out_channels.
+        depth (18, 34, 50, 101, 152 or 200), num_groups, width_per_group, res2_out_channels, stem_out_channels.
 
     Raises:
         ValueError: if it is none of these ResNets.
     """
     blocks = tuple(len({k.split(".")[1] for k in state_dict if k.startswith(f"res{s}.")}) for s in (2, 3, 4, 5))
     is_bottleneck = "res2.0.conv3.weight" in state_dict
-    depth = _BLOCKS_TO_DEPTH.get(blocks, {}).get(is_bottleneck)
+    depth = next((d for d, b in NUM_BLOCKS.items() if b == blocks and (d >= 50) == is_bottleneck), None)
     if depth is None:
         kind = "bottleneck" if is_bottleneck else "basic"
-        raise ValueError(f"no ResNet-18/34/50/101/152: {blocks} {kind} blocks in res2 to res5")
+        known = "/".join(map(str, NUM_BLOCKS))
+        raise ValueError(f"no ResNet-{known}: {blocks} {kind} blocks in res2 to res5")
     width = state_dict["res2.0.conv1.weight"].shape[0]
     # The weight of a grouped convolution is (out, in / groups, k, k).
     num_groups = width // state_dict["res2.0.conv2.weight"].shape[1] if is_bottleneck else 1
@@ -240,7 +255,8 @@ def _resolve_layout(state: Mapping[str, Any], layout: str) -> str:
 def _prefixes(names: Collection[str], layout: str) -> list[str]:
     """Every prefix behind which a network of `layout` stands."""
     first, second = _ROOTS[layout]
-    candidates = (name.removesuffix(first) for name in names if name == first or name.endswith("." + first))
+    ends = (f".{first}", f"/{first}")
+    candidates = (name.removesuffix(first) for name in names if name == first or name.endswith(ends))
     return [prefix for prefix in candidates if prefix + second in names]
 
 

@@ -231,3 +231,87 @@ def lars(
         p = [pi - lr * mi for pi, mi in zip(p, m, strict=True)]
         after.append(list(p))
     return after
+
+
+# ------------------------------------------------------------------------------------------------ DetCon
+
+
+def region_weights(region_map: Tensor, stride: int, num_ids: int) -> Tensor:
+    """Ids of pixels (S, S) -> (num_ids, h, w): 1 for the most frequent id of a cell, the lowest one among equals."""
+    side = len(region_map)
+    cells = math.ceil(side / stride)
+    weights = torch.zeros(num_ids, cells, cells)
+    for i in range(cells):
+        for j in range(cells):
+            counts = [0] * num_ids
+            for y in range(i * stride, min((i + 1) * stride, side)):
+                for x in range(j * stride, min((j + 1) * stride, side)):
+                    if 0 <= int(region_map[y, x]) < num_ids:
+                        counts[int(region_map[y, x])] += 1
+            if max(counts) > 0:
+                weights[counts.index(max(counts)), i, j] = 1
+    return weights
+
+
+def masked_average_pool(features: Tensor, weights: Tensor) -> Tensor:
+    """DetCon's mask-pooled vectors: (N, C, h, w), (N, M, h, w) -> (N, M, C), zero for an empty mask."""
+    n, c, h, w = features.shape
+    cells = [(i, j) for i in range(h) for j in range(w)]
+    values = []
+    for b in range(n):
+        for mask in weights[b]:
+            mass = float(mask.sum())
+            for channel in range(c):
+                value = total([mask[i, j] * features[b, channel, i, j] for i, j in cells])
+                values.append(value / mass if mass > 0 else value)
+    return torch.stack(values).reshape(n, -1, c)
+
+
+def detcon_nce(
+    preds: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    pred_ids: Sequence[Tensor],
+    target_ids: Sequence[Tensor],
+    rank_offset: int,
+    temp: float,
+    local_negatives: bool,
+) -> Tensor:
+    """DetCon Eq. 1-3 with the released code's weights; every argument has an entry for each of the two views.
+
+    preds (N, M, D), targets (G, M, D), ids (N, M) -> scalar. Several positives share the label equally, a query counts
+    1 / (how often its region was drawn), the mean is over all queries.
+    """
+    n, m, _ = preds[0].shape
+    terms = []
+    for own, other in ((0, 1), (1, 0)):
+        for b in range(n):
+            for r in range(m):
+                region = int(pred_ids[own][b, r])
+                positives, everything = [], []
+                for g in range(len(targets[0])):
+                    is_own_image = g == rank_offset + b
+                    for u in range(m):
+                        same = is_own_image and int(target_ids[other][b, u]) == region
+                        if same or local_negatives or not is_own_image:
+                            logit = cosine(preds[own][b, r], targets[other][g, u]) / temp
+                            everything.append(torch.exp(logit))
+                            if same:
+                                positives.append(logit)
+                        same = is_own_image and int(target_ids[own][b, u]) == region
+                        if not same and (local_negatives or not is_own_image):
+                            everything.append(torch.exp(cosine(preds[own][b, r], targets[own][g, u]) / temp))
+                if positives:
+                    repeats = sum(int(i) == region for i in pred_ids[own][b])
+                    terms.append((torch.log(total(everything)) - total(positives) / len(positives)) / repeats)
+    return total(terms) / (n * m)
+
+
+def nt_xent(z1: Tensor, z2: Tensor, temp: float) -> Tensor:
+    """SimCLR's loss: (N, D) of two views -> mean over 2 N anchors of the cross-entropy over the 2 N - 1 others."""
+    n, z = len(z1), [*z1, *z2]
+    terms = []
+    for i in range(2 * n):
+        others = {k: cosine(z[i], z[k]) / temp for k in range(2 * n) if k != i}
+        positive = (i + n) % (2 * n)
+        terms.append(torch.log(total([torch.exp(x) for x in others.values()])) - others[positive])
+    return total(terms) / (2 * n)

@@ -279,6 +279,7 @@ def test_last_stage_of_a_c4_model_is_taken_from_its_head() -> None:
         (34, {}, (34, 1, 64, 64, 64)),
         (50, {}, (50, 1, 64, 256, 64)),
         (50, {"groups": 32, "width_per_group": 4}, (50, 32, 4, 256, 64)),
+        (101, {"groups": 32, "width_per_group": 8}, (101, 32, 8, 256, 64)),
         (152, {"width_per_group": 128}, (152, 1, 128, 256, 64)),
     ],
 )
@@ -536,6 +537,7 @@ def test_checkpoint_is_saved_with_metadata_and_read_back(tmp_path: Path) -> None
         "pixel_std": [58.395, 57.12, 57.375],
         "depth": 50,
         "stride_in_1x1": False,
+        "padding": "symmetric",
         "num_groups": 1,
         "width_per_group": 4,
         "res2_out_channels": 16,

@@ -15,9 +15,12 @@ from d2_objssl.engine import resolve_norms, resolve_schedule
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml"))
 RUNNABLE = [c for c in CONFIGS if not Path(c).name.startswith("Base-")]
-PRETRAIN = [c for c in RUNNABLE if "slotcon" in Path(c).name]
-SLOTCON = [c for c in PRETRAIN if c.startswith("configs/pretrain/")]
-ABLATIONS = [c for c in PRETRAIN if "/ablations/" in c]
+METHODS = ("slotcon", "detcon_s", "detcon_b", "cyborgs", "semcl")  # names of configs begin with them
+PRETRAIN = [c for c in RUNNABLE if Path(c).name.startswith(METHODS)]
+PUBLISHED = [c for c in PRETRAIN if c.startswith("configs/pretrain/")]
+SLOTCON = [c for c in PUBLISHED if "slotcon" in Path(c).name]
+DETCON = [c for c in PUBLISHED if "detcon" in Path(c).name]
+ABLATIONS = [c for c in SLOTCON if "/ablations/" in c]
 FINETUNE = [c for c in RUNNABLE if c not in PRETRAIN]
 
 
@@ -49,7 +52,7 @@ def flatten(cfg: CfgNode, prefix: str = "") -> dict[str, object]:
 
 
 def test_there_are_configs_of_each_kind():
-    assert SLOTCON and ABLATIONS and FINETUNE and len(PRETRAIN) > len(SLOTCON)
+    assert SLOTCON and DETCON and ABLATIONS and FINETUNE and len(PRETRAIN) > len(PUBLISHED)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -74,12 +77,13 @@ def test_backbone_contract(config):
 def test_pretraining_uses_the_ssl_pipeline(config):
     cfg = load(config)
     assert cfg.MODEL.META_ARCHITECTURE == "ObjectSSL"
-    assert cfg.INPUT.SSL.NUM_VIEWS == 2
-    assert cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone"
+    assert cfg.INPUT.SSL.NUM_VIEWS == {"SemCL": 6}.get(cfg.MODEL.SSL.METHOD, 1 if "one_view" in config else 2)
+    assert cfg.MODEL.BACKBONE.NAME in ("build_resnet_backbone", "build_objssl_resnet_backbone")
     assert set(cfg.MODEL.SSL.IN_FEATURES) <= set(cfg.MODEL.RESNETS.OUT_FEATURES)
-    assert cfg.MODEL.SSL.EXPORT_BRANCH == "teacher"  # what the paper's numbers are of
+    # What the paper's numbers are of.
+    assert cfg.MODEL.SSL.EXPORT_BRANCH == ("teacher" if cfg.MODEL.SSL.METHOD == "SlotCon" else "student")
     assert cfg.DATASETS.TEST == ()
-    assert cfg.MODEL.WEIGHTS == ""  # from scratch
+    assert cfg.MODEL.WEIGHTS == ""  # from scratch, or given with the command
 
 
 def test_pretraining_runs_do_not_share_a_folder():
@@ -180,6 +184,82 @@ def test_ablation_changes_one_key(config):
         *(f"MODEL.SSL.SLOTCON.{k}" for k in ("ALIGN", "SLOT_LOSS", "IMAGE_LOSS_WEIGHT")),
     }
     assert differences <= known
+
+
+# ---------------------------------------------------------------------------------------------- DetCon's values
+
+
+@pytest.mark.parametrize("config", DETCON)
+def test_detcon_hyper_parameters_are_the_papers(config):
+    cfg = load(config)
+    ssl, solver = cfg.MODEL.SSL, cfg.SOLVER
+    is_b = ssl.METHOD == "DetConB"
+    assert is_b == ("detcon_b" in config) and ssl.METHOD in ("DetConS", "DetConB")
+    assert ssl.TEACHER.ENABLED == is_b
+    for head in (ssl.PROJECTOR, ssl.PREDICTOR) if is_b else (ssl.PROJECTOR,):
+        assert (head.NUM_FC, head.FC_DIM, head.OUT_DIM) == ((2, 4096, 256) if is_b else (2, 2048, 128))
+        assert (head.ACTIVATION, head.LAST_BIAS, head.LAST_NORM) == ("relu", False, False)
+    assert (ssl.DETCON.TEMP, ssl.DETCON.LOCAL_NEGATIVES) == (0.1, True)
+    assert (solver.OPTIMIZER, solver.MOMENTUM, solver.IMS_PER_BATCH, solver.REFERENCE_BATCH) == ("LARS", 0.9, 4096, 256)
+    is_long = is_b and solver.MAX_EPOCHS == 1000
+    assert (solver.BASE_LR, solver.WEIGHT_DECAY) == ((0.2, 1.5e-6) if is_long else (0.3, 1e-6))
+    if is_b:
+        assert (ssl.TEACHER.MOMENTUM, ssl.TEACHER.MOMENTUM_SCHEDULE) == (0.996 if is_long else 0.99, "cosine")
+    assert (solver.WARMUP_EPOCHS, solver.WARMUP_FACTOR) == (10.0, 0.0)
+    if "coco" in config:
+        assert (solver.LR_SCHEDULER_NAME, solver.GAMMA) == ("WarmupMultiStepLR", 0.1)
+        assert solver.STEPS_EPOCHS == pytest.approx((0.96 * solver.MAX_EPOCHS, 0.98 * solver.MAX_EPOCHS))
+    else:
+        assert (solver.LR_SCHEDULER_NAME, solver.BASE_LR_END, solver.RESCALE_INTERVAL) == ("WarmupCosineLR", 0.0, True)
+
+
+@pytest.mark.parametrize("config", DETCON)
+def test_detcon_views_are_simclrs_and_byols(config):
+    ssl = load(config).INPUT.SSL
+    jitter = (ssl.COLOR_JITTER_PROB, ssl.BRIGHTNESS, ssl.CONTRAST, ssl.SATURATION, ssl.HUE)
+    if "detcon_b" in config:
+        assert jitter == (0.8, 0.4, 0.4, 0.2, 0.1)
+        assert (list(ssl.BLUR_PROB), list(ssl.SOLARIZE_PROB)) == ([1.0, 0.1], [0.0, 0.2])
+    else:
+        assert jitter == (0.8, 0.8, 0.8, 0.8, 0.2)
+        assert (list(ssl.BLUR_PROB), list(ssl.SOLARIZE_PROB)) == ([1.0, 0.0], [0.0, 0.0])
+    assert (tuple(ssl.CROP_SCALE), ssl.FLIP_PROB, ssl.GRAYSCALE_PROB) == ((0.08, 1.0), 0.5, 0.2)
+    assert ssl.CROP_SIZE == {"384": 384, "512": 512}.get(Path(config).stem.rsplit("_", 1)[-1], 224)
+
+
+@pytest.mark.parametrize("config", DETCON)
+def test_detcon_regions_are_made_by_the_command_in_the_header(config):
+    cfg, text = load(config), header(config)
+    regions = cfg.INPUT.REGIONS
+    assert cfg.MODEL.SSL.DETCON.NUM_VIEWS == cfg.INPUT.SSL.NUM_VIEWS
+    if regions.SOURCE == "instances":
+        assert cfg.DATASETS.TRAIN == ("coco_2017_train",)  # with its labels
+    if regions.SOURCE == "file":
+        assert f"--output {regions.ROOT} " in text and f"--dataset {cfg.DATASETS.TRAIN[0]} " in text
+    else:
+        assert "generate_masks" not in text
+
+
+# ----------------------------------------------------------------------------------------------- SemCL's values
+
+
+@pytest.mark.parametrize("config", [c for c in PUBLISHED if "semcl" in Path(c).name])
+def test_semcl_hyper_parameters_are_the_papers(config):
+    cfg = load(config)
+    ssl, solver, pairs = cfg.MODEL.SSL, cfg.SOLVER, cfg.INPUT.PAIRS
+    assert (ssl.METHOD, ssl.SEMCL.TEMP, ssl.SEMCL.LOSS) == ("SemCL", 0.2, "paired")
+    assert (ssl.TEACHER.ENABLED, ssl.TEACHER.MOMENTUM, ssl.TEACHER.MOMENTUM_SCHEDULE) == (True, 0.99, "cosine")
+    for head in (ssl.PROJECTOR, ssl.PREDICTOR):
+        assert (head.FC_DIM, head.OUT_DIM, head.ACTIVATION, head.LAST_BIAS) == (4096, 256, "relu", False)
+    if "_R_" in config:  # MoCo-v3's heads for a ResNet
+        assert (ssl.PROJECTOR.NUM_FC, ssl.PROJECTOR.LAST_NORM) == (2, True)
+        assert (ssl.PREDICTOR.NUM_FC, ssl.PREDICTOR.LAST_NORM) == (2, False)
+    assert (pairs.SOURCE, pairs.MIN_AREA) == ("sem_seg", 0.01)
+    assert (solver.OPTIMIZER, solver.WEIGHT_DECAY, solver.WEIGHT_DECAY_NORM) == ("ADAMW", 0.1, 0.1)
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.REFERENCE_BATCH) == (64, 1.5e-4, 256)
+    assert (solver.LR_SCHEDULER_NAME, solver.MAX_ITER, solver.WARMUP_ITERS) == ("OneCycleLR", 30_000, 3_750)
+    assert solver.WARMUP_FACTOR == 1 / 25
+    assert "LABELS" in header(config) and "MODEL.WEIGHTS" in header(config)
 
 
 # -------------------------------------------------------------------------------------------- fine-tuning's values

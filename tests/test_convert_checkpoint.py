@@ -16,11 +16,13 @@ import torchvision
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_resnet_backbone
+from detectron2.modeling import build_backbone, build_resnet_backbone
 from PIL import Image
+from tiny_slotcon import tiny_cfg, tiny_model
 from torch import nn
 
 from d2_objssl.checkpoint import (
+    ObjSSLCheckpointer,
     checkpoint_metadata,
     file_sha256,
     from_detectron2,
@@ -84,6 +86,14 @@ def pretraining_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def small_picture(tmp_path: Path) -> str:
+    """A picture that deep networks are fast on."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "small.png")
+    return str(tmp_path / "small.png")
+
+
 def check_stages(output: str) -> None:
     """All four stages were compared, and no feature differs at all."""
     assert re.findall(r"^(res\d) .* 0 .* yes$", output, re.MULTILINE) == ["res2", "res3", "res4", "res5"]
@@ -109,6 +119,7 @@ def test_resnet50_of_torchvision_becomes_the_same_network(
     assert content["d2_objssl"]["input_contract"] == {
         "format": "RGB",
         "stride_in_1x1": False,
+        "padding": "symmetric",
         "pixel_mean": [123.675, 116.28, 103.53],
         "pixel_std": [58.395, 57.12, 57.375],
         "depth": 50,
@@ -155,7 +166,87 @@ def test_branch_of_a_pretraining_checkpoint(
     metadata = content["d2_objssl"]
     assert (metadata["method"], metadata["export_branch"]) == ("SlotCon", taken)
     assert metadata["input_contract"] == source["d2_objssl"]["input_contract"]
-    assert metadata["source"] == {"file": "model_final.pth", "layout": "d2_objssl", "prefix": f"{taken}.backbone."}
+    source_of = {"file": "model_final.pth", "layout": "d2_objssl", "prefix": f"{taken}.backbone."}
+    assert metadata["source"] == source_of | {"padding": "symmetric"}
+
+
+@pytest.mark.parametrize("export_branch", ["student", "teacher"])
+def test_exported_branch_is_the_one_that_the_run_was_configured_for(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture, export_branch: str
+) -> None:
+    """SlotCon is known for its teacher, DetCon and CYBORGS for their student."""
+    options = ["MODEL.SSL.EXPORT_BRANCH", export_branch]
+    model, cfg = tiny_model(*options), tiny_cfg(*options)
+    randomize(model.student)
+    ObjSSLCheckpointer(model, str(tmp_path), metadata=checkpoint_metadata(cfg)).save("model_final")
+    assert tool.main([str(tmp_path / "model_final.pth"), str(tmp_path / "b.pkl"), "--verify"]) == 0
+    check_stages(capsys.readouterr().out)
+    content = load_checkpoint(tmp_path / "b.pkl")
+    expected = getattr(model, export_branch).backbone.state_dict()
+    assert content["model"].keys() == expected.keys()
+    assert all(np.array_equal(content["model"][name], value) for name, value in expected.items())
+    assert content["d2_objssl"]["export_branch"] == export_branch
+
+
+NARROW = {"STEM_OUT_CHANNELS": 8, "RES2_OUT_CHANNELS": 16, "WIDTH_PER_GROUP": 4}
+
+
+@pytest.mark.parametrize(
+    ("depth", "resnet", "widths"),
+    [
+        (101, NARROW, (4, 16, 8)),
+        (152, NARROW | {"WIDTH_MULTIPLIER": 2}, (8, 32, 16)),
+        (200, NARROW | {"PADDING": "same"}, (4, 16, 8)),
+        pytest.param(18, {"WIDTH_MULTIPLIER": 2}, (128, 128, 128), marks=pytest.mark.slow),
+    ],
+)
+def test_deep_and_wide_resnets_of_this_package(
+    tool: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    small_picture: str,
+    depth: int,
+    resnet: dict[str, Any],
+    widths: tuple[int, ...],
+) -> None:
+    cfg = make_cfg(depth, **resnet)
+    cfg.MODEL.BACKBONE.NAME = "build_objssl_resnet_backbone"
+    state = {f"student.backbone.{k}": v for k, v in randomize(build_backbone(cfg)).state_dict().items()}
+    write_checkpoint({"model": state, "d2_objssl": checkpoint_metadata(cfg)}, tmp_path / "a.pth")
+    assert tool.main([str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), "--verify", "--image", small_picture]) == 0
+    printed = capsys.readouterr().out
+    check_stages(printed)
+    assert f"ResNet-{depth}" in printed
+    contract = load_checkpoint(tmp_path / "b.pth")["d2_objssl"]["input_contract"]
+    assert contract == checkpoint_metadata(cfg)["input_contract"] and contract["depth"] == depth
+    assert tuple(contract[k] for k in ("width_per_group", "res2_out_channels", "stem_out_channels")) == widths
+    if "PADDING" not in resnet:  # there are the names, but no such network
+        arguments = [str(tmp_path / "a.pth"), str(tmp_path / "c.pth"), "--to", "torchvision"]
+        assert tool.main(arguments) == 0
+        assert tool.main([*arguments, "--verify"]) == 2
+        assert f"torchvision has no ResNet-{depth} of {widths[2]} channels in the stem" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("depth", "widths"), [(101, {"groups": 4, "width_per_group": 4}), (152, {"width_per_group": 8})]
+)
+def test_deep_resnets_of_torchvision(
+    tool: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    small_picture: str,
+    depth: int,
+    widths: dict[str, int],
+) -> None:
+    source = randomize(getattr(torchvision.models, f"resnet{depth}")(**widths))
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    assert tool.main([str(tmp_path / "a.pth"), str(tmp_path / "b.pkl"), "--verify", "--image", small_picture]) == 0
+    printed = capsys.readouterr().out
+    check_stages(printed)
+    assert f"ResNet-{depth}" in printed
+    contract = load_checkpoint(tmp_path / "b.pkl")["d2_objssl"]["input_contract"]
+    assert (contract["depth"], contract["num_groups"]) == (depth, widths.get("groups", 1))
+    assert contract["width_per_group"] == widths["width_per_group"]
 
 
 def test_conversion_is_reversible(
@@ -205,7 +296,7 @@ def test_verify_on_a_picture(
     assert "(64, 10, 18)" in printed
     contract = load_checkpoint(tmp_path / "b.pkl")["d2_objssl"]["input_contract"]
     expected = (pixels.astype(np.float32) - contract["pixel_mean"]) / contract["pixel_std"]
-    image = tool.read_input(str(tmp_path / "a.png"), contract)
+    (image,) = tool.read_inputs(str(tmp_path / "a.png"), contract)
     np.testing.assert_allclose(image[0].permute(1, 2, 0), expected, rtol=1e-5, atol=1e-5)
 
 

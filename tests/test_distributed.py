@@ -16,9 +16,10 @@ from multiprocess import run_in_processes
 from tiny_slotcon import tiny_batch, tiny_cfg, tiny_model
 from torch import Tensor
 
-from d2_objssl.distributed import all_reduce_mean, gather_keys, gather_rows
+from d2_objssl.distributed import all_reduce_mean, gather_keys, gather_rows, gather_with_gradient
 from d2_objssl.engine import EMATeacher, build_optimizer
 from d2_objssl.modeling.heads import MLP
+from d2_objssl.modeling.methods.detcon import DetConCriterion
 from d2_objssl.modeling.methods.slotcon import SlotConCriterion, active_slots, assign_slots
 from d2_objssl.structures import RegionEmbeddings, ViewBatch
 
@@ -34,6 +35,7 @@ def test_one_process_is_the_identity() -> None:
     for function in (gather_rows, gather_keys):
         rows, offset = function(x)
         assert torch.equal(rows, x) and offset == 0 and not rows.requires_grad
+    assert gather_with_gradient(x)[0] is x and gather_with_gradient(x)[1] == 0
     mean = all_reduce_mean(x)
     assert torch.equal(mean, x) and not mean.requires_grad and mean.data_ptr() != x.data_ptr()
 
@@ -76,6 +78,23 @@ def test_two_processes_exchange() -> None:
         assert torch.equal(result["mean"], torch.full((3, 2), 5.0))
         assert torch.equal(result["untouched"], (zeros, tens)[rank])
         assert result["requires_grad"] == [False] * 3
+
+
+def weigh_gathered_rows() -> dict[str, Any]:
+    """The gradient where process r weighs the i-th of all rows by (i + 1) 10^r."""
+    x = torch.full((2, 3), 1.0 + comm.get_rank(), requires_grad=True)
+    rows, offset = gather_with_gradient(x)
+    weights = torch.arange(1.0, 5.0)[:, None] * 10 ** comm.get_rank()
+    (rows * weights).sum().backward()
+    return {"rows": rows.detach(), "offset": offset, "gradient": x.grad}
+
+
+def test_gradients_come_back_from_all_processes() -> None:
+    for rank, result in enumerate(run_in_processes(weigh_gathered_rows)):
+        assert result["offset"] == 2 * rank
+        assert torch.equal(result["rows"], torch.tensor([1.0, 1, 2, 2])[:, None].expand(4, 3))
+        expected = 11 * torch.tensor([1.0 + 2 * rank, 2 + 2 * rank])
+        assert torch.equal(result["gradient"], expected[:, None].expand(2, 3))
 
 
 # ------------------------------------------------------------------------------------------------ criterion
@@ -161,6 +180,72 @@ def test_statistics_are_those_of_the_global_batch() -> None:
         assert result["images_since_active"].tolist() == [0 if w else 2 * N for w in won]
     for name in ("center", "images_since_active"):
         assert torch.equal(results[0][name], results[1][name])
+
+
+# ------------------------------------------------------------------------------------------------ DetCon
+
+
+class TinyDetCon(torch.nn.Module):
+    """A linear student, a linear teacher (of DetCon-B), and the criterion; no batch norm."""
+
+    def __init__(self, with_teacher: bool, global_negatives: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.student, teacher = torch.nn.Linear(4, D), torch.nn.Linear(4, D).requires_grad_(False)
+        self.teacher = teacher if with_teacher else None
+        predictor = MLP(D, num_fc=2, fc_dim=5, out_dim=D, norm="") if with_teacher else None
+        self.criterion = DetConCriterion(
+            predictor=predictor, temp=0.1, max_region_ids=K, global_negatives=global_negatives
+        )
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        """(n, 2, M, 4) pooled vectors of two views, (n, 2, M) ids -> loss."""
+        view = ViewBatch(torch.zeros(len(x), 3, 2, 2), torch.zeros(len(x), 4), torch.zeros(len(x)).bool())
+
+        def embed(branch: torch.nn.Module) -> list[RegionEmbeddings]:
+            return [RegionEmbeddings(branch(x[:, v]), ids[:, v], ids[:, v] >= 0) for v in (0, 1)]
+
+        student = embed(self.student)
+        teacher = student if self.teacher is None else embed(self.teacher)
+        return self.criterion(student, teacher, [view, view])["loss_detcon"]
+
+
+def detcon_batch() -> tuple[Tensor, Tensor]:
+    """Pooled vectors and ids of 2 N images."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, 4, (2 * N, 2, 5), generator=generator)
+    return torch.randn(2 * N, 2, 5, 4, generator=generator), ids
+
+
+def detcon_step(with_teacher: bool, global_negatives: bool) -> dict[str, Any]:
+    """Loss of this process' half of the batch, and the gradients that DistributedDataParallel makes."""
+    mine = slice(comm.get_rank() * N, (comm.get_rank() + 1) * N)
+    x, ids = detcon_batch()
+    model = TinyDetCon(with_teacher, global_negatives)
+    ddp = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
+    loss = ddp(x[mine], ids[mine])
+    loss.backward()
+    return {"loss": loss.detach(), "gradients": [p.grad for p in model.parameters() if p.requires_grad]}
+
+
+@pytest.mark.parametrize("global_negatives", [True, False])
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_detcon_of_two_processes_equals_one_with_the_doubled_batch(with_teacher: bool, global_negatives: bool) -> None:
+    """Without global negatives, it equals the mean of two independent halves."""
+    results = run_in_processes(detcon_step, with_teacher, global_negatives)
+    model = TinyDetCon(with_teacher, global_negatives)
+    x, ids = detcon_batch()
+    halves = model(x[:N], ids[:N]), model(x[N:], ids[N:])
+    mean_of_halves = (halves[0] + halves[1]) / 2
+    loss = model(x, ids) if global_negatives else mean_of_halves
+    assert results[0]["loss"] != results[1]["loss"]
+    torch.testing.assert_close((results[0]["loss"] + results[1]["loss"]) / 2, loss, rtol=1e-5, atol=1e-6)
+    if global_negatives:
+        assert loss > mean_of_halves + 0.1  # negatives of the other half count
+    gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+    for result in results:
+        for own, other in zip(result["gradients"], gradients, strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ DDP

@@ -4,14 +4,23 @@
     python tools/convert_checkpoint.py output/model_final.pth slotcon_r50.pkl --verify
     python tools/convert_checkpoint.py moco_v2_800ep_pretrain.pth.tar moco_v2_r50.pkl --verify
     python tools/convert_checkpoint.py output/model_final.pth slotcon_r50_tv.pth --to torchvision
+    python tools/convert_checkpoint.py resnet50_detcon_b_imagenet_1k.npy detcon_b_r50.pkl --verify
 
-INPUT may be a checkpoint of pretraining or fine-tuning with this package, a Detectron2 model, or a ResNet of
-torchvision, timm, MoCo, the official SlotCon and others, in any format that can be read safely. Without --branch the
-network is taken that the method is known for: the teacher of SlotCon, the student (online network) of CYBORGS,
-DetCon-B and SemCL.
+INPUT may be a checkpoint of pretraining or fine-tuning with this package, a Detectron2 model, a ResNet of torchvision,
+timm, MoCo, the official SlotCon and others, or one of DetCon in JAX (haiku; .npy or .npz), in any format that can be
+read safely. Without --branch the network is taken that the method is known for: the teacher of SlotCon, the student
+(online network) of CYBORGS, DetCon and SemCL.
 
 OUTPUT ends in .pkl (NumPy arrays, for MODEL.WEIGHTS of any Detectron2) or .pth (tensors, for torch.load). It also holds
-the input contract: format and statistics of the pixels, and where the network strides.
+the input contract: format and statistics of the pixels, where the network strides and how it pads.
+
+haiku pads as TensorFlow does. Two ways lead from there:
+exact: as it is. The config then needs
+    MODEL.BACKBONE.NAME build_objssl_resnet_fpn_backbone MODEL.RESNETS.PADDING same
+plain: with --padding symmetric, for the usual backbone. The weights are the same, the features are not (--verify shows
+    by how much, and returns 1): fine-tuning has to make up for it.
+DetCon's files take pixels in [0, 1], less ImageNet's mean and divided by its standard deviation. The ones trained on
+COCO leave out mean and deviation: --config-file with PIXEL_MEAN [0.0, 0.0, 0.0], PIXEL_STD [255.0, 255.0, 255.0].
 """
 
 from __future__ import annotations
@@ -25,8 +34,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data.detection_utils import read_image
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_backbone, build_resnet_backbone
+from detectron2.modeling import build_backbone
 from tabulate import tabulate
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -34,8 +42,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from d2_objssl.checkpoint import (
     FORMAT_VERSION,
+    LAYOUT_CONTRACTS,
     LAYOUTS,
-    TORCHVISION_CONTRACT,
+    PADDING_ERROR,
     ObjSSLCheckpointer,
     backbone_prefix,
     detect_layout,
@@ -49,11 +58,13 @@ from d2_objssl.checkpoint import (
     write_checkpoint,
 )
 from d2_objssl.config import add_objssl_config
+from d2_objssl.haiku_resnet import HaikuResNet
+from d2_objssl.weight_names import NUM_BLOCKS
 
 STAGES = ("res2", "res3", "res4", "res5")
 TOLERANCE = 1e-5  # of the largest feature
+WIDTHS = ("width_per_group", "res2_out_channels", "stem_out_channels")
 IMAGENET_STATISTICS = {"pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.395, 57.12, 57.375]}
-NUM_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,9 +79,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--branch", choices=("student", "teacher"), help="network to take (default: the method's)")
     parser.add_argument("--layout", choices=("auto", *LAYOUTS, "timm"), default="auto", help="names in INPUT")
     parser.add_argument("--to", choices=("detectron2", "torchvision", "timm"), default="detectron2")
+    parser.add_argument(
+        "--padding", choices=("symmetric", "same"), help="of the backbone that will load OUTPUT (default: as INPUT's)"
+    )
     parser.add_argument("--config-file", help="config with the input contract, where INPUT does not have it")
-    parser.add_argument("--verify", action="store_true", help="run both networks on one image, compare res2 to res5")
-    parser.add_argument("--image", help="picture for --verify (default: noise of 224 x 224, always the same)")
+    parser.add_argument("--verify", action="store_true", help="run both networks, compare res2 to res5")
+    parser.add_argument("--image", help="picture for --verify (default: noise, always the same)")
     args = parser.parse_args(argv)
     try:
         return convert(args)
@@ -91,37 +105,55 @@ def convert(args: argparse.Namespace) -> int:
     }
     metadata = make_metadata(args, checkpoint.get("d2_objssl") or {}, layout, prefix, backbone)
     contract = metadata["input_contract"]
-    if args.to != "detectron2" and contract["depth"] >= 50 and contract.get("stride_in_1x1"):
-        raise ValueError(f"{args.input} strides in its 1x1 convolutions, {args.to}'s ResNet in the 3x3: not the same")
+    if args.to != "detectron2":
+        check_torchvision(args, contract)
     write_output(args.output, backbone, args.to, metadata)
     print(
         f"{args.output}: ResNet-{contract['depth']} with {args.to} names, {len(backbone)} tensors, "
         f'from {args.input} ({layout} names behind "{prefix}")\nsha256 {file_sha256(args.output)}'
     )
+    trained, chosen = metadata["source"]["padding"], contract["padding"]
+    if chosen != trained:
+        print(f"warning: trained with {trained} padding; with {chosen} its features are off by {PADDING_ERROR}")
+    if chosen == "same":
+        print("load it with MODEL.BACKBONE.NAME build_objssl_resnet_fpn_backbone MODEL.RESNETS.PADDING same")
     if not args.verify:
         return 0
     source = build_source(checkpoint, layout, prefix, backbone, metadata)
     target = build_target(args.output, args.to, metadata, backbone)
-    return compare(source, target, read_input(args.image, contract))
+    return compare(source, target, read_inputs(args.image, contract))
+
+
+def check_torchvision(args: argparse.Namespace, contract: Mapping[str, Any]) -> None:
+    """Refuse what torchvision's and timm's ResNets compute in another way."""
+    if contract["depth"] >= 50 and contract.get("stride_in_1x1"):
+        raise ValueError(f"{args.input} strides in its 1x1 convolutions, {args.to}'s ResNet in the 3x3: not the same")
+    if contract["padding"] == "same":
+        raise ValueError(
+            f"{args.input} pads as TensorFlow does, {args.to}'s ResNet symmetrically; --padding symmetric converts it "
+            f"all the same, its features are then off by {PADDING_ERROR}"
+        )
 
 
 def make_metadata(
     args: argparse.Namespace, stored: Mapping[str, Any], layout: str, prefix: str, backbone: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """Metadata of OUTPUT: what INPUT `stored`, completed by the shapes, the layout and --config-file."""
+    known = LAYOUT_CONTRACTS.get("torchvision" if layout == "timm" else layout, {})
     contract: dict[str, Any] = dict(stored.get("input_contract") or {})
-    if not contract and layout in ("torchvision", "timm"):
-        contract = TORCHVISION_CONTRACT | IMAGENET_STATISTICS
+    if known and not contract:
+        contract = known | IMAGENET_STATISTICS
     if args.config_file:
-        contract = input_contract(load_config(args.config_file))
+        contract = input_contract(load_config(args.config_file)) | (known if layout == "haiku" else {})
+    trained = known.get("padding") or contract.get("padding", "symmetric")
     branch = prefix.split(".")[0]
     return {
         "format_version": FORMAT_VERSION,
         "method": stored.get("method"),
         "export_branch": branch if branch in ("student", "teacher") else args.branch,
-        "input_contract": contract | infer_resnet(backbone),
+        "input_contract": contract | infer_resnet(backbone) | {"padding": args.padding or trained},
         "config": stored.get("config", ""),
-        "source": {"file": os.path.basename(args.input), "layout": layout, "prefix": prefix},
+        "source": {"file": os.path.basename(args.input), "layout": layout, "prefix": prefix, "padding": trained},
     }
 
 
@@ -149,11 +181,14 @@ def build_source(
 ) -> nn.Module:
     """The network of INPUT, loaded under INPUT's own names: a picture (1, 3, H, W) -> features by stage."""
     state = unwrap_state_dict(checkpoint)
+    if layout == "haiku":
+        return HaikuResNet(state, prefix)
     own = {name[len(prefix) :]: torch.as_tensor(v) for name, v in state.items() if name.startswith(prefix)}
     if layout in ("torchvision", "timm"):
         return build_torchvision(own, metadata["input_contract"])
     if layout == "detectron2" or not metadata["config"]:
-        model = build_detectron2(metadata["input_contract"], backbone)
+        trained = {"padding": metadata["source"]["padding"]}
+        model = build_detectron2(metadata["input_contract"] | trained, backbone)
         model.load_state_dict(dict(backbone))
         return model.eval()
     cfg = CfgNode.load_cfg(metadata["config"])
@@ -174,19 +209,34 @@ def build_target(path: str, layout: str, metadata: Mapping[str, Any], backbone: 
 
 
 def build_detectron2(contract: Mapping[str, Any], backbone: Mapping[str, Any]) -> nn.Module:
-    """Detectron2's ResNet of the contract, with random weights."""
+    """The ResNet of the contract, Detectron2's own where it has it, with random weights."""
     cfg = get_cfg()
-    for name in ("depth", "stride_in_1x1", "num_groups", "width_per_group", "res2_out_channels", "stem_out_channels"):
+    add_objssl_config(cfg)
+    for name in ("depth", "stride_in_1x1", "padding", "num_groups", *WIDTHS):
         cfg.MODEL.RESNETS[name.upper()] = contract.get(name, False)  # only the stride may be unknown
+    is_wide_basic = contract["depth"] < 50 and contract["res2_out_channels"] != 64
+    if is_wide_basic:  # basic blocks only become wider by the multiplier
+        cfg.MODEL.RESNETS.WIDTH_MULTIPLIER = contract["res2_out_channels"] // 64
+        for name in WIDTHS:
+            cfg.MODEL.RESNETS[name.upper()] = contract[name] // cfg.MODEL.RESNETS.WIDTH_MULTIPLIER
     cfg.MODEL.RESNETS.OUT_FEATURES = list(STAGES)
     cfg.MODEL.RESNETS.NORM = "BN" if "stem.conv1.norm.running_mean" in backbone else "GN"
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    return build_resnet_backbone(cfg, ShapeSpec(channels=3))
+    if is_wide_basic or contract["padding"] == "same" or contract["depth"] == 200:
+        cfg.MODEL.BACKBONE.NAME = "build_objssl_resnet_backbone"
+    else:
+        cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    return build_backbone(cfg)
 
 
 def build_torchvision(state: Mapping[str, Tensor], contract: Mapping[str, Any]) -> nn.Module:
     """torchvision's ResNet with the backbone's part of `state`."""
     depth = contract["depth"]
+    if contract["stem_out_channels"] != 64 or contract["res2_out_channels"] != (256 if depth >= 50 else 64):
+        raise ValueError(
+            f"torchvision has no ResNet-{depth} of {contract['stem_out_channels']} channels in the stem and "
+            f"{contract['res2_out_channels']} in res2, to compare with"
+        )
     model = ResNet(
         Bottleneck if depth >= 50 else BasicBlock,
         list(NUM_BLOCKS[depth]),
@@ -201,27 +251,38 @@ def build_torchvision(state: Mapping[str, Tensor], contract: Mapping[str, Any]) 
     return create_feature_extractor(model.eval(), {f"layer{i}": stage for i, stage in enumerate(STAGES, start=1)})
 
 
-def read_input(path: str | None, contract: Mapping[str, Any]) -> Tensor:
-    """The input of both networks, (1, 3, H, W) float32, normalised as the contract says."""
+def read_inputs(path: str | None, contract: Mapping[str, Any]) -> list[Tensor]:
+    """Inputs of both networks, (1, 3, H, W) float32, normalised as the contract says: the picture, or noise.
+
+    Padding as TensorFlow's depends on whether a size is even: that calls for noise of two sizes.
+    """
     if path is None:
-        return torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        sizes = [(224, 224)] if contract["padding"] == "symmetric" else [(224, 224), (191, 223)]
+        return [torch.randn(1, 3, *size, generator=generator) for size in sizes]
     image = torch.from_numpy(read_image(path, contract.get("format", "RGB")).astype("float32")).permute(2, 0, 1)
     mean, std = (torch.tensor(contract.get(k, v)).view(-1, 1, 1) for k, v in IMAGENET_STATISTICS.items())
-    return ((image - mean) / std)[None]
+    return [((image - mean) / std)[None]]
 
 
 @torch.no_grad()
-def compare(source: nn.Module, target: nn.Module, image: Tensor) -> int:
-    """Print how much the features of two networks differ; 1 if by more than TOLERANCE anywhere."""
-    expected, actual = source(image), target(image)
+def compare(source: nn.Module, target: nn.Module, images: list[Tensor]) -> int:
+    """Print how much the features of two networks differ; 1 if by more than TOLERANCE anywhere.
+
+    In float64: deep networks amplify what float32 rounds away.
+    """
+    source, target = source.double(), target.double()
     rows = []
-    for stage in STAGES:
-        difference = (expected[stage] - actual[stage]).abs().max().item()
-        largest = expected[stage].abs().max().item()
-        rows.append((stage, tuple(actual[stage].shape[1:]), difference, largest, difference <= TOLERANCE * largest))
-    headers = ("stage", "shape", "largest difference", "largest feature", "equal")
-    print(tabulate([(*row[:4], "yes" if row[4] else "NO") for row in rows], headers=headers))
-    return 0 if all(row[4] for row in rows) else 1
+    for image in images:
+        expected, actual = source(image.double()), target(image.double())
+        for stage in STAGES:
+            difference = expected[stage] - actual[stage]
+            error, largest = difference.abs().max().item(), expected[stage].abs().max().item()
+            relative = (difference.norm() / expected[stage].norm()).item()
+            is_equal = error <= TOLERANCE * largest
+            rows.append((stage, tuple(actual[stage].shape[1:]), error, largest, relative, "yes" if is_equal else "NO"))
+    print(tabulate(rows, headers=("stage", "shape", "largest difference", "largest feature", "relative L2", "equal")))
+    return 0 if all(row[-1] == "yes" for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ Examples:
     # ground truth beside what a fine-tuned model detects
     python tools/visualize.py detections --config-file configs/finetune/COCO/mask_rcnn_R_50_FPN_2fc_1x.yaml \\
         --weights output/mask_rcnn/model_final.pth --num-images 8
+    # where two pretrained backbones look (Score-CAM, needs torchcam), side by side
+    python tools/visualize.py attention --config-file configs/pretrain/semcl_R_50_30k_voc2012.yaml \\
+        --weights moco_v3_R_50.pkl output/semcl/model_final.pth --images *.jpg --output attention.png
 """
 
 from __future__ import annotations
@@ -27,11 +30,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
-from detectron2.modeling import build_model
+from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
+from d2_objssl.attention import attention_map, overlay_attention
 from d2_objssl.checkpoint import ObjSSLCheckpointer, checkpoint_metadata
-from d2_objssl.data import build_test_loader, build_train_loader
+from d2_objssl.data import ObjSSLDatasetMapper, build_test_loader, build_train_loader
 from d2_objssl.detection_drawing import draw_detections, draw_ground_truth
 from d2_objssl.engine import resolve_norms, setup_cfg
 from d2_objssl.visualization import (
@@ -42,8 +46,9 @@ from d2_objssl.visualization import (
     save_png,
 )
 
-_REGION_SIDE = 384  # longer side of an image in the sheet of `regions`, pixels
+_SIDE = 384  # longer side of an image in the sheets of `regions` and `attention`, pixels
 _MAX_DETECTION_SIDE = 800  # in the sheet of `detections`
+_NO_WEIGHTS = "no weights were given: name a checkpoint with --weights FILE"
 
 
 def draw_training_views(cfg: CfgNode, args: argparse.Namespace) -> np.ndarray:
@@ -70,7 +75,7 @@ def draw_predicted_regions(cfg: CfgNode, args: argparse.Namespace) -> np.ndarray
     for mapped in first_images(cfg, _first_name(cfg.DATASETS.TRAIN, "DATASETS.TRAIN"), args.num_images):
         with torch.no_grad():
             region_map = model([mapped])[0]["region_map"].cpu().numpy()
-        image = resize_longer_side(read_image(mapped["file_name"], "RGB"), _REGION_SIDE)
+        image = resize_longer_side(read_image(mapped["file_name"], "RGB"), _SIDE)
         images += [image, overlay_region_map(image, region_map)]
         captions += [os.path.basename(mapped["file_name"]), region_caption(region_map)]
     return contact_sheet(images, 4, captions)
@@ -103,10 +108,43 @@ def draw_predicted_detections(cfg: CfgNode, args: argparse.Namespace) -> np.ndar
     return contact_sheet(images, 2, captions)
 
 
+def draw_attention_maps(cfg: CfgNode, args: argparse.Namespace) -> np.ndarray:
+    """Contact sheet of the images in --images, a row each: the image, then its Score-CAM map of every backbone."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.MIN_SIZE_TEST = args.min_size
+    cfg.freeze()
+    mapper = ObjSSLDatasetMapper(cfg, is_train=False)
+    inputs = [mapper({"file_name": file})["image"] for file in args.images]
+    images = [resize_longer_side(read_image(file, "RGB"), _SIDE) for file in args.images]
+    columns, captions = [images], [[os.path.basename(file) for file in args.images]]
+    mean, std = (torch.tensor(x, device=cfg.MODEL.DEVICE) for x in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
+    for path in args.weights or [cfg.MODEL.WEIGHTS]:
+        backbone = load_backbone(cfg, path)
+        feature = list(backbone.output_shape())[-1]
+        normalized = ((x.to(mean) - mean[:, None, None]) / std[:, None, None] for x in inputs)
+        maps = [attention_map(backbone, x, feature=feature, progress=True).cpu().numpy() for x in normalized]
+        columns.append([overlay_attention(image, heat) for image, heat in zip(images, maps, strict=True)])
+        # Checkpoints of several runs may all be called model_final.pth.
+        captions.append([f"{'/'.join(path.split('/')[-2:])}, {feature}"] * len(images))
+    sheet, texts = ([x for row in zip(*lists, strict=True) for x in row] for lists in (columns, captions))
+    return contact_sheet(sheet, len(columns), texts)
+
+
+def load_backbone(cfg: CfgNode, path: str) -> nn.Module:
+    """Build the bottom-up network of `cfg`, without an FPN, and fill all of it from a file."""
+    if not path:
+        raise ValueError(_NO_WEIGHTS)
+    backbone = build_backbone(resolve_norms(cfg))
+    backbone = getattr(backbone, "bottom_up", backbone)
+    ObjSSLCheckpointer(backbone, metadata=checkpoint_metadata(cfg)).load(path)
+    return backbone.to(cfg.MODEL.DEVICE).eval()
+
+
 def load_model(cfg: CfgNode) -> nn.Module:
     """Build the model of `cfg` and fill all of it from MODEL.WEIGHTS."""
     if not cfg.MODEL.WEIGHTS:
-        raise ValueError("no weights were given: name a checkpoint with --weights FILE")
+        raise ValueError(_NO_WEIGHTS)
     model = build_model(resolve_norms(cfg))
     ObjSSLCheckpointer(model, metadata=checkpoint_metadata(cfg)).load(cfg.MODEL.WEIGHTS, require="all")
     return model.eval()
@@ -142,6 +180,7 @@ _COMMANDS = {
     "views": (draw_training_views, "the views that pretraining is fed with, and the areas that they share"),
     "regions": (draw_predicted_regions, "the regions that a pretrained model finds in whole images of DATASETS.TRAIN"),
     "detections": (draw_predicted_detections, "ground truth and a fine-tuned model's predictions on DATASETS.TEST"),
+    "attention": (draw_attention_maps, "the parts of images by which pretrained backbones recognise them"),
 }
 
 
@@ -155,9 +194,13 @@ def build_parser() -> argparse.ArgumentParser:
         about = f"Draw {text}."
         command = commands.add_parser(name, help=text, description=about, epilog=examples, formatter_class=raw)
         command.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
-        command.add_argument("--num-images", type=int, default=4, metavar="N", help="images in the sheet (default: 4)")
         command.add_argument("--output", metavar="PNG", help=f"the picture (default: OUTPUT_DIR/{name}.png)")
-        if name != "views":
+        if name == "attention":
+            _add_attention_arguments(command)
+        else:
+            text = "images in the sheet (default: 4)"
+            command.add_argument("--num-images", type=int, default=4, metavar="N", help=text)
+        if name in ("regions", "detections"):
             command.add_argument("--weights", metavar="FILE", help="checkpoint (default: the config's MODEL.WEIGHTS)")
         if name == "regions":
             text = "shorter side of the images for the network (default: as large as views show things on average)"
@@ -169,20 +212,30 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_attention_arguments(command: argparse.ArgumentParser) -> None:
+    text = "one or more checkpoints, a column each (default: the config's MODEL.WEIGHTS)"
+    command.add_argument("--weights", nargs="+", metavar="FILE", help=text)
+    command.add_argument("--images", nargs="+", required=True, metavar="FILE", help="images, a row each")
+    text = "shorter side of the images for the network; costs grow with its square (default: 224)"
+    command.add_argument("--min-size", type=int, default=224, metavar="PIXELS", help=text)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Draw one picture."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.num_images < 1:
-        parser.error(f"--num-images is {args.num_images}; it must be positive")
-    opts = [*args.opts, "SOLVER.IMS_PER_BATCH", str(args.num_images), "DATALOADER.NUM_WORKERS", "0"]
-    if getattr(args, "weights", None):
-        opts += ["MODEL.WEIGHTS", args.weights]
+    opts = [*args.opts, "DATALOADER.NUM_WORKERS", "0"]
+    if args.command != "attention":
+        if args.num_images < 1:
+            parser.error(f"--num-images is {args.num_images}; it must be positive")
+        opts += ["SOLVER.IMS_PER_BATCH", str(args.num_images)]
+        if getattr(args, "weights", None):
+            opts += ["MODEL.WEIGHTS", args.weights]
     try:
         cfg = setup_cfg(args.config_file, opts)
         path = args.output or os.path.join(cfg.OUTPUT_DIR, f"{args.command}.png")
         save_png(path, _COMMANDS[args.command][0](cfg, args))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     print(path)
 

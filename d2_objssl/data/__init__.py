@@ -1,6 +1,6 @@
 """Datasets, augmentations, the mapper and the training loader."""
 
-from . import datasets  # noqa: F401  (fills the catalogs)
+from . import datasets, label_map_datasets  # noqa: F401  (they fill the catalogs)
 from .build import build_test_loader, build_train_loader
 from .collation import SSLBatch, collate_views
 from .dataset_mapper import ObjSSLDatasetMapper

@@ -22,6 +22,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetFromList,
+    MetadataCatalog,
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
@@ -33,6 +34,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .collation import collate_views
 from .dataset_mapper import ObjSSLDatasetMapper
 from .datasets import register_image_folders
+from .pair_mapper import PairDatasetMapper
+from .region_keys import assign_region_keys, find_image_roots
+from .region_maps import FileRegions, RegionSource, build_region_source
+from .semantic_pairs import load_pair_dicts
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +150,8 @@ def _seeded(seed: int, position: int) -> Iterator[None]:
 class MappedDataset(Dataset):
     """A data set whose samples are addressed by `SampleKey`; an unreadable image is replaced by another one.
 
-    The replacement follows from the sample's seed. The mapped dict of a replaced sample has the extra key "replaced", a
+    So is an image whose region map or label map cannot be read; maps that do not fit their image are errors. The
+    replacement follows from the sample's seed. The mapped dict of a replaced sample has the extra key "replaced", a
     list of (path, reason).
     """
 
@@ -185,7 +191,9 @@ class TrainLoader:
     Attributes:
         num_images: size of the data set.
         sampler: the `ResumableBatchSampler`.
+        dataset: the `MappedDataset`.
         num_bad: how many samples were replaced so far in this process.
+        num_cut: how many samples had more regions than MODEL.SSL.DETCON.MAX_REGION_IDS so far in this process.
     """
 
     def __init__(self, loader: DataLoader, num_images: int, max_bad: float) -> None:
@@ -193,8 +201,10 @@ class TrainLoader:
         self.num_images = num_images
         self.max_bad = max_bad
         self.sampler: ResumableBatchSampler = loader.batch_sampler  # type: ignore[assignment]
+        self.dataset: MappedDataset = loader.dataset  # type: ignore[assignment]
         self.num_seen = 0
         self.num_bad = 0
+        self.num_cut = 0
         self._bad_files: set[str] = set()
 
     def seek(self, batch: int) -> None:
@@ -212,6 +222,23 @@ class TrainLoader:
         sampler.start_batch = 0
         return iter(DataLoader(self.loader.dataset, batch_sampler=sampler, collate_fn=self.loader.collate_fn))
 
+    @property
+    def region_root(self) -> str | None:
+        """The folder whose region maps are read, if any."""
+        return getattr(getattr(self.dataset.mapper, "region_source", None), "root", None)
+
+    def set_region_root(self, root: str | None) -> None:
+        """Read region maps from the folder `root`, or none; iterators that exist already do not notice.
+
+        Raises:
+            ValueError: if the folder lacks maps of training images, or regions do not come from files.
+        """
+        source = getattr(self.dataset.mapper, "region_source", None)
+        if not isinstance(source, FileRegions):
+            raise ValueError(f'{root}: a folder of region maps needs INPUT.REGIONS.SOURCE "file" or "bootstrap"')
+        source.set_root(root)
+        source.check(self.dataset.dataset)
+
     def _count(self, batch: Any) -> None:
         replaced = getattr(batch, "replaced", None)
         if replaced is None:
@@ -222,11 +249,21 @@ class TrainLoader:
             if path not in self._bad_files:
                 self._bad_files.add(path)
                 logger.warning("Cannot read %s (%s); another image takes its place.", path, reason)
+        self._count_dropped_regions(getattr(batch, "dropped_regions", ()))
         if self.num_bad > 10 and self.num_bad > self.max_bad * self.num_seen:
             raise RuntimeError(
                 f"{self.num_bad} of {self.num_seen} images could not be read, more than DATALOADER.MAX_BAD_IMAGES "
                 f"({self.max_bad:.0%}) allows; {len(self._bad_files)} files, for example {sorted(self._bad_files)[:3]}"
             )
+
+    def _count_dropped_regions(self, dropped: Sequence[tuple[str, int]]) -> None:
+        if dropped and self.num_cut == 0:
+            logger.warning(
+                "%s has %d region(s) more than MODEL.SSL.DETCON.MAX_REGION_IDS: the smallest ones are no regions. "
+                "This is said for one image only; `TrainLoader.num_cut` counts them.",
+                *dropped[0],
+            )
+        self.num_cut += len(dropped)
 
 
 def _init_worker(worker_id: int) -> None:
@@ -234,31 +271,50 @@ def _init_worker(worker_id: int) -> None:
 
 
 def load_dataset_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
-    """Dataset dicts of DATASETS.TRAIN; for pretraining only the paths, without the labels.
+    """Dataset dicts of DATASETS.TRAIN; for pretraining only the paths, and what INPUT.REGIONS.SOURCE needs.
+
+    With INPUT.PAIRS a dict stands for a pair (image, class), not for an image.
 
     Raises:
-        FileNotFoundError, ValueError: for a folder that is missing or holds no image.
+        FileNotFoundError, ValueError: for a folder that is missing or holds no image, and for images without the labels
+            or files that the source of regions needs.
     """
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty; name a data set, or a folder as ('images:/path/to/folder',)")
     register_image_folders(cfg.DATASETS.TRAIN)
-    dicts = get_detection_dataset_dicts(
+    if cfg.INPUT.SSL.NUM_VIEWS > 0 and cfg.INPUT.PAIRS.SOURCE != "none":
+        return load_pair_dicts(cfg)
+    if cfg.INPUT.SSL.NUM_VIEWS > 0:
+        return _load_for_pretraining(cfg.DATASETS.TRAIN, build_region_source(cfg))
+    return get_detection_dataset_dicts(
         list(cfg.DATASETS.TRAIN),
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and cfg.INPUT.SSL.NUM_VIEWS == 0,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
-    if cfg.INPUT.SSL.NUM_VIEWS > 0:
-        return [{k: d[k] for k in ("file_name", "image_id") if k in d} for d in dicts]
-    return dicts
+
+
+def _load_for_pretraining(names: Sequence[str], region_source: RegionSource | None) -> list[dict[str, Any]]:
+    kept: list[dict[str, Any]] = []
+    for name in names:
+        dicts = get_detection_dataset_dicts(name, filter_empty=False, check_consistency=False)
+        if region_source is None:
+            kept += [{k: d[k] for k in ("file_name", "image_id") if k in d} for d in dicts]
+        else:
+            kept += region_source.prepare(dicts, MetadataCatalog.get(name))
+    if isinstance(region_source, FileRegions):
+        assign_region_keys(kept, find_image_roots(names))
+    if region_source is not None:
+        region_source.check(kept)
+    return kept
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> TrainLoader:
     """Build the loader of DATASETS.TRAIN for pretraining (INPUT.SSL.NUM_VIEWS > 0) or fine-tuning.
 
     Args:
-        cfg: DATASETS.TRAIN, DATALOADER.*, SOLVER.IMS_PER_BATCH, INPUT.SSL.NUM_VIEWS and SEED are read.
-        mapper: default `ObjSSLDatasetMapper(cfg, True)`.
+        cfg: DATASETS.TRAIN, DATALOADER.*, SOLVER.IMS_PER_BATCH, INPUT.SSL.NUM_VIEWS, INPUT.REGIONS and SEED are read.
+        mapper: default `ObjSSLDatasetMapper(cfg, True)`, or `PairDatasetMapper` for pairs (INPUT.PAIRS).
 
     Returns:
         Loader of `SSLBatch` in pretraining, of lists of dicts in fine-tuning.
@@ -285,7 +341,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], dict[str
         repeat_factors=repeat_factors,
     )
     # Serialised to one array: the memory of the workers does not grow by reference counting.
-    dataset = MappedDataset(DatasetFromList(dicts, copy=False), mapper or ObjSSLDatasetMapper(cfg, True))
+    dataset = MappedDataset(DatasetFromList(dicts, copy=False), mapper or _build_mapper(cfg))
     loader: DataLoader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -297,6 +353,11 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], dict[str
         generator=torch.Generator().manual_seed(0),
     )
     return TrainLoader(loader, len(dicts), cfg.DATALOADER.MAX_BAD_IMAGES)
+
+
+def _build_mapper(cfg: CfgNode) -> ObjSSLDatasetMapper:
+    is_paired = cfg.INPUT.SSL.NUM_VIEWS > 0 and cfg.INPUT.PAIRS.SOURCE != "none"
+    return PairDatasetMapper(cfg, True) if is_paired else ObjSSLDatasetMapper(cfg, True)
 
 
 def _no_collation(batch: list[Any]) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,18 +18,37 @@ class SSLBatch:
         views: V ViewBatches of N images each, in the same order.
         file_names: N paths of the images.
         replaced: (path, reason) of the unreadable images that others stand in for.
+        dropped_regions: (path, how many regions it lost) of the images with more regions than allowed.
     """
 
     views: list[ViewBatch]
     file_names: list[str]
     replaced: list[tuple[str, str]] = field(default_factory=list)
+    dropped_regions: list[tuple[str, int]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.file_names)
 
     def pin_memory(self) -> SSLBatch:
         """Copy to page-locked memory; called by the data loader."""
-        return SSLBatch([v.pin_memory() for v in self.views], self.file_names, self.replaced)
+        return replace(self, views=[v.pin_memory() for v in self.views])
+
+
+def split_batch(batch: Any, num_parts: int) -> list[Any]:
+    """Cut a batch into equal parts, in order.
+
+    Args:
+        batch: an `SSLBatch`, or a list of dicts; its length is a multiple of `num_parts`.
+        num_parts: how many.
+    """
+    if num_parts == 1:
+        return [batch]
+    size = len(batch) // num_parts
+    assert size * num_parts == len(batch), (len(batch), num_parts)
+    parts = [slice(i * size, (i + 1) * size) for i in range(num_parts)]
+    if isinstance(batch, SSLBatch):
+        return [SSLBatch([view[rows] for view in batch.views], batch.file_names[rows]) for rows in parts]
+    return [batch[rows] for rows in parts]
 
 
 def collate_views(dataset_dicts: list[dict[str, Any]]) -> SSLBatch:
@@ -38,7 +57,8 @@ def collate_views(dataset_dicts: list[dict[str, Any]]) -> SSLBatch:
     Args:
         dataset_dicts: N outputs of `ObjSSLDatasetMapper`, each with "views": V dicts of "image" (3, S, S) uint8,
             "crop_box" (4,) float32 XYXY_ABS, "hflip" bool and optionally "region_map" (S, S), and optionally
-            "overlapping_regions" True where the region maps are bit sets; see `structures.ViewBatch`.
+            "overlapping_regions" True where the region maps are bit sets; see `structures.ViewBatch`. Either all images
+            have region maps or none.
     """
     views = []
     overlapping = {bool(d.get("overlapping_regions")) for d in dataset_dicts}
@@ -59,4 +79,7 @@ def collate_views(dataset_dicts: list[dict[str, Any]]) -> SSLBatch:
         views=views,
         file_names=[d["file_name"] for d in dataset_dicts],
         replaced=[r for d in dataset_dicts for r in d.get("replaced", ())],
+        dropped_regions=[
+            (d["file_name"], d["num_dropped_regions"]) for d in dataset_dicts if d.get("num_dropped_regions")
+        ],
     )

@@ -15,6 +15,7 @@ from fvcore.transforms.transform import NoOpTransform, Transform, TransformList
 from ..geometry import image_to_view
 from .augmentation import FastHFlipTransform, ResizedCropTransform, build_view_augmentations, sample_crop_boxes
 from .image_reading import read_rgb_image
+from .region_maps import RegionSource, build_region_source, limit_region_ids
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,10 @@ class ObjSSLDatasetMapper(DatasetMapper):
     With `INPUT.SSL.NUM_VIEWS` 0 its outputs equal those of `DatasetMapper`. Otherwise, in training, it returns
     {"file_name", "image_id", "height", "width", "views"}: one dict a view with "image" (3, S, S) uint8 RGB, "crop_box"
     (4,) float32 XYXY_ABS in original-image pixels and "hflip" bool. All randomness is drawn from `numpy.random`.
+
+    With regions (INPUT.REGIONS.SOURCE) each view also has "region_map": (S, S) int16 region ids, NO_REGION where there is
+    none, or int32 bit sets; "overlapping_regions" says which. "num_dropped_regions" says how many regions of an image
+    became NO_REGION, if any, because it has more than MODEL.SSL.DETCON.MAX_REGION_IDS.
     """
 
     @configurable
@@ -40,6 +45,8 @@ class ObjSSLDatasetMapper(DatasetMapper):
         geometric: bool = True,
         flip_prob: float = 0.5,
         view_augmentations: list[list[T.Augmentation]] | None = None,
+        region_source: RegionSource | None = None,
+        max_region_ids: int = 256,
         **kwargs: Any,
     ) -> None:
         """
@@ -52,6 +59,8 @@ class ObjSSLDatasetMapper(DatasetMapper):
             geometric: False: all views show one crop, unflipped.
             flip_prob: probability of a horizontal flip.
             view_augmentations: photometric augmentations of each view.
+            region_source: gives images their region maps; None: views have none.
+            max_region_ids: ids of label maps are below this.
             **kwargs: arguments of `DatasetMapper`.
         """
         super().__init__(is_train, **kwargs)
@@ -63,13 +72,15 @@ class ObjSSLDatasetMapper(DatasetMapper):
         self.geometric = geometric
         self.flip_prob = flip_prob
         self.view_augmentations = view_augmentations or []
+        self.region_source = region_source
+        self.max_region_ids = max_region_ids
         assert len(self.view_augmentations) == num_views
         for v, augmentations in enumerate(self.view_augmentations):
             logger.info("View %d: crop to %d px, then %s", v, crop_size, augmentations)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """Read INPUT.SSL, and whatever `DatasetMapper` reads."""
+        """Read INPUT.SSL and INPUT.REGIONS, and whatever `DatasetMapper` reads."""
         ssl = cfg.INPUT.SSL
         num_views = ssl.NUM_VIEWS if is_train else 0
         if num_views == 0:
@@ -87,6 +98,8 @@ class ObjSSLDatasetMapper(DatasetMapper):
             "min_overlap": ssl.MIN_OVERLAP,
             "geometric": ssl.GEOMETRIC,
             "flip_prob": ssl.FLIP_PROB,
+            "region_source": build_region_source(cfg),
+            "max_region_ids": cfg.MODEL.SSL.DETCON.MAX_REGION_IDS,
             "view_augmentations": build_view_augmentations(
                 num_views=num_views,
                 brightness=ssl.BRIGHTNESS,
@@ -116,31 +129,57 @@ class ObjSSLDatasetMapper(DatasetMapper):
             min_overlap=self.min_overlap,
             same_crop=not self.geometric,
         )
-        return {
+        views, transforms = zip(
+            *(
+                self._make_view(image, box, colours)
+                for box, colours in zip(boxes, self.view_augmentations, strict=True)
+            ),
+            strict=True,
+        )
+        mapped = {
             "file_name": dataset_dict["file_name"],
             "image_id": dataset_dict.get("image_id"),
             "height": height,
             "width": width,
-            "views": [
-                self._make_view(image, box, augmentations)
-                for box, augmentations in zip(boxes, self.view_augmentations, strict=True)
-            ],
+            "views": list(views),
         }
+        # After the views, so that their random draws are the same with any source of regions.
+        if self.region_source is not None and self.region_source.ready:
+            mapped |= self._add_region_maps(mapped["views"], transforms, self.region_source(image, dataset_dict))
+        return mapped
 
-    def _make_view(self, image: np.ndarray, box: np.ndarray, augmentations: list[T.Augmentation]) -> dict[str, Any]:
+    def _make_view(
+        self, image: np.ndarray, box: np.ndarray, augmentations: list[T.Augmentation]
+    ) -> tuple[dict[str, Any], TransformList]:
         """Crop, flip and colour one view; `box` is XYXY in whole pixels of the image."""
-        height, width = image.shape[:2]
+        geometry = self._draw_geometry(box, *image.shape[:2])
+        aug_input = T.AugInput(geometry.apply_image(image))
+        transforms = geometry + T.AugmentationList(augmentations)(aug_input)
+        crop_box, hflip = image_to_view(transforms, aug_input.image.shape[:2])
+        pixels = torch.from_numpy(np.ascontiguousarray(aug_input.image))
+        return {"image": pixels.permute(2, 0, 1), "crop_box": torch.from_numpy(crop_box), "hflip": hflip}, transforms
+
+    def _draw_geometry(self, box: np.ndarray, height: int, width: int) -> TransformList:
+        """The crop `box`, XYXY in whole pixels of the (height, width) image, and a flip that is drawn."""
         x0, y0, x1, y1 = (int(v) for v in box)
         crop = ResizedCropTransform(x0, y0, x1 - x0, y1 - y0, self.crop_size, height, width)
         flip: Transform = NoOpTransform()
         if self.geometric and np.random.uniform() < self.flip_prob:
             flip = FastHFlipTransform(self.crop_size)
-        aug_input = T.AugInput(flip.apply_image(crop.apply_image(image)))
-        photometric = T.AugmentationList(augmentations)(aug_input)
-        transforms = TransformList([crop, flip]) + photometric
-        crop_box, hflip = image_to_view(transforms, aug_input.image.shape[:2])
-        pixels = torch.from_numpy(np.ascontiguousarray(aug_input.image))
-        return {"image": pixels.permute(2, 0, 1), "crop_box": torch.from_numpy(crop_box), "hflip": hflip}
+        return TransformList([crop, flip])
+
+    def _add_region_maps(
+        self, views: list[dict[str, Any]], transforms: tuple[TransformList, ...], region_map: np.ndarray
+    ) -> dict[str, Any]:
+        """Move the map of an image to its views, in place, and return what it adds to the image's own keys."""
+        assert self.region_source is not None
+        overlapping, num_dropped = self.region_source.overlapping, 0
+        if not overlapping:
+            region_map, num_dropped = limit_region_ids(region_map, self.max_region_ids)
+        for view, moves in zip(views, transforms, strict=True):
+            moved = moves.apply_segmentation(region_map).astype(np.int32 if overlapping else np.int16)
+            view["region_map"] = torch.from_numpy(moved)
+        return {"overlapping_regions": overlapping} | ({"num_dropped_regions": num_dropped} if num_dropped else {})
 
 
 def _per_view(values: list[float], num_views: int, key: str) -> list[float]:

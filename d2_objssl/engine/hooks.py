@@ -1,18 +1,20 @@
-"""Hooks: the teacher's moving average, precise batch-norm statistics, the state of the random generators."""
+"""Hooks: the teacher's moving average, precise batch-norm statistics, checkpoints, the state of the random generators."""
 
 from __future__ import annotations
 
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from fvcore.common.checkpoint import Checkpointer
 from fvcore.nn.precise_bn import update_bn_stats
 from torch import nn
 
@@ -97,18 +99,50 @@ class PreciseBN(HookBase):
                 update_bn_stats(self._model, self._batches(), self._num_iter)
 
 
+class Checkpoints(PeriodicCheckpointer):
+    """Detectron2's `PeriodicCheckpointer`, which also writes before certain iterations."""
+
+    period: int
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        period: int,
+        *,
+        max_to_keep: int | None = None,
+        also_before: Collection[int] = (),
+    ) -> None:
+        """
+        Args:
+            checkpointer, period, max_to_keep: as in the parent.
+            also_before: iterations that a checkpoint precedes, too; `max_to_keep` counts it like the others.
+        """
+        super().__init__(checkpointer, period, max_to_keep=max_to_keep)
+        self._also_before = also_before
+
+    def step(self, iteration: int, **kwargs: Any) -> None:
+        """Write a checkpoint if one is due."""
+        period = self.period
+        if iteration + 1 in self._also_before:
+            self.period = 1
+        super().step(iteration, **kwargs)
+        self.period = period
+
+
 class RandomState(HookBase):
     """Keep the random generators of every process in the checkpoint.
 
     Must come before the hook that writes checkpoints, in every process.
     """
 
-    def __init__(self, period: int) -> None:
+    def __init__(self, period: int, also_before: Collection[int] = ()) -> None:
         """
         Args:
             period: iterations between checkpoints.
+            also_before: iterations that a checkpoint precedes, too.
         """
         self._period = period
+        self._also_before = also_before
         self._saved: list[dict[str, Any]] = []
         self._own: dict[str, Any] | None = None  # state of this process that the next step starts with
         self._pending: list[dict[str, Any]] = []
@@ -134,7 +168,8 @@ class RandomState(HookBase):
     def after_step(self) -> None:
         """Gather the states whenever a checkpoint is due."""
         step = self.trainer.iter + 1
-        if step == self.trainer.max_iter or (self._period > 0 and step % self._period == 0):
+        due = step == self.trainer.max_iter or (self._period > 0 and step % self._period == 0)
+        if due or step in self._also_before:
             self.collect()
 
     def collect(self) -> None:

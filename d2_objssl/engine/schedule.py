@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+import torch
 from detectron2.config import CfgNode
+from detectron2.solver import build_lr_scheduler as build_detectron2_scheduler
 from detectron2.utils import comm
 
 logger = logging.getLogger(__name__)
@@ -21,7 +23,8 @@ def resolve_schedule(cfg: CfgNode, num_images: int) -> CfgNode:
         that they came from set to 0, so that resolving it again changes nothing.
 
     Raises:
-        ValueError: if the run would be shorter than its warm-up, or have no iteration.
+        ValueError: if the run would be shorter than its warm-up, or have no iteration, or SOLVER.ACCUMULATION_STEPS does
+            not divide the batch of a process.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -47,6 +50,7 @@ def resolve_schedule(cfg: CfgNode, num_images: int) -> CfgNode:
             f"The warm-up ({solver.WARMUP_ITERS} iterations; SOLVER.WARMUP_ITERS or WARMUP_EPOCHS) is not shorter than "
             f"the run ({solver.MAX_ITER}; SOLVER.MAX_ITER or MAX_EPOCHS)"
         )
+    _check_accumulation(cfg)
     solver.MAX_EPOCHS = solver.WARMUP_EPOCHS = solver.CHECKPOINT_EPOCHS = 0.0
     solver.STEPS_EPOCHS = ()
     solver.REFERENCE_BATCH = 0
@@ -66,6 +70,53 @@ def resolve_schedule(cfg: CfgNode, num_images: int) -> CfgNode:
     )
     cfg.freeze()
     return cfg
+
+
+def _check_accumulation(cfg: CfgNode) -> None:
+    steps, batch = cfg.SOLVER.ACCUMULATION_STEPS, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+    if steps < 1 or batch % steps:
+        raise ValueError(
+            f"SOLVER.ACCUMULATION_STEPS is {steps}; it must be a positive divisor of the batch of a process, {batch} "
+            "(SOLVER.IMS_PER_BATCH divided by the number of processes)"
+        )
+    if steps > 1 and cfg.MODEL.META_ARCHITECTURE == "ObjectSSL":
+        logger.warning(
+            "SOLVER.ACCUMULATION_STEPS is %d: batch norm and contrastive losses see %d images of a process at a time. "
+            "Accumulation makes the batch of the optimiser larger, not that of the negatives.",
+            steps,
+            batch // steps,
+        )
+
+
+def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """Build the scheduler of SOLVER.LR_SCHEDULER_NAME: "OneCycleLR", or one of Detectron2's.
+
+    With "OneCycleLR" the learning rate rises by a cosine from WARMUP_FACTOR BASE_LR to BASE_LR during the first
+    WARMUP_ITERS iterations (Smith and Topin 2018; PyTorch's scheduler), then falls by a cosine to 1 / 10,000 of where it
+    began. In the meantime the momentum of SGD and LARS, or Adam's beta1, goes from 0.95 to 0.85 and back, whatever
+    SOLVER.MOMENTUM and SOLVER.ADAMW_BETAS say.
+
+    Raises:
+        ValueError: for settings of "OneCycleLR" out of range.
+    """
+    solver = cfg.SOLVER
+    if solver.LR_SCHEDULER_NAME != "OneCycleLR":
+        return build_detectron2_scheduler(cfg, optimizer)
+    if solver.WARMUP_ITERS < 2:
+        raise ValueError(
+            f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS} (from WARMUP_EPOCHS, if that is set); "
+            '"OneCycleLR" needs at least 2 iterations to rise'
+        )
+    if not 0 < solver.WARMUP_FACTOR <= 1:
+        raise ValueError(f'SOLVER.WARMUP_FACTOR is {solver.WARMUP_FACTOR}; "OneCycleLR" needs one above 0, up to 1')
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=[group["lr"] for group in optimizer.param_groups],
+        total_steps=solver.MAX_ITER,
+        pct_start=solver.WARMUP_ITERS / solver.MAX_ITER,
+        div_factor=1 / solver.WARMUP_FACTOR,
+        final_div_factor=1e4,
+    )
 
 
 def resolve_norms(cfg: CfgNode) -> CfgNode:

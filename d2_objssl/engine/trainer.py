@@ -7,6 +7,7 @@ import os
 import time
 import weakref
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,11 @@ from torch import nn
 from ..checkpoint import ObjSSLCheckpointer, checkpoint_metadata
 from ..data import build_test_loader, build_train_loader
 from ..data.build import TrainLoader
+from ..data.collation import split_batch
 from ..evaluation.build import build_evaluator
-from .hooks import EMATeacher, PreciseBN, RandomState
+from .hooks import Checkpoints, EMATeacher, PreciseBN, RandomState
 from .optimizer import build_optimizer
-from .schedule import resolve_norms, resolve_schedule, uses_norm
+from .schedule import build_lr_scheduler, resolve_norms, resolve_schedule, uses_norm
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class TrainStep(SimpleTrainer):
         device_type: str,
         dtype: torch.dtype | None,
         output_dir: str,
+        accumulation_steps: int = 1,
     ) -> None:
         """
         Args:
@@ -69,19 +72,38 @@ class TrainStep(SimpleTrainer):
             device_type: "cuda" or "cpu".
             dtype: autocast's data type; None: no autocast. float16 comes with a gradient scaler.
             output_dir: where the batch with a loss that is not finite is saved.
+            accumulation_steps: parts of a batch that go through the model one after the other; a step has their mean
+                gradient.
         """
         super().__init__(model, data_loader, optimizer)
         self.device_type = device_type
         self.dtype = dtype
         self.output_dir = output_dir
+        self.accumulation_steps = accumulation_steps
         self.grad_scaler = torch.amp.GradScaler(device_type, enabled=dtype is torch.float16)
 
     def run_step(self) -> None:
-        """Forward, backward, step."""
+        """Forward and backward for every part of the batch, then one step."""
         assert self.model.training, "the model was left in eval mode"
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
+        self.optimizer.zero_grad()
+        loss_dict: dict[str, torch.Tensor] = {}
+        parts = split_batch(data, self.accumulation_steps)
+        for i, part in enumerate(parts, start=1):
+            # The processes exchange gradients once a step, with the last part.
+            without_exchange = getattr(self.model, "no_sync", nullcontext)
+            with nullcontext() if i == len(parts) else without_exchange():
+                for name, loss in self._backward(part, 1 / len(parts)).items():
+                    loss_dict[name] = loss_dict.get(name, 0) + loss
+        self.after_backward()
+        self._write_metrics(loss_dict, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def _backward(self, data: Any, weight: float) -> dict[str, torch.Tensor]:
+        """Add the gradient of `weight` times the losses, and return these, weighted, without gradient."""
         try:
             with torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not None):
                 loss_dict = self.model(data)
@@ -91,12 +113,8 @@ class TrainStep(SimpleTrainer):
         # Before it reaches the weights.
         if not torch.isfinite(losses.detach()):
             raise self._not_finite(str({k: v.item() for k, v in loss_dict.items()}), data)
-        self.optimizer.zero_grad()
-        self.grad_scaler.scale(losses).backward()
-        self.after_backward()
-        self._write_metrics(loss_dict, data_time)
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
+        self.grad_scaler.scale(losses * weight).backward()
+        return {name: loss.detach() * weight for name, loss in loss_dict.items()}
 
     def _not_finite(self, found: str, data: Any) -> FloatingPointError:
         """Save the batch, and make the error that names the iteration, what was found, the file, the last checkpoint."""
@@ -167,7 +185,9 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
         ddp_args = {} if on_gpu else {"device_ids": None}
-        ddp_model = create_ddp_model(model, broadcast_buffers=False, **ddp_args)
+        # What takes no part in a step must have no gradient, rather than one of 0: LARS scales weight decay up.
+        find_unused = getattr(model, "idle_parameters", False)
+        ddp_model = create_ddp_model(model, broadcast_buffers=False, find_unused_parameters=find_unused, **ddp_args)
         self._trainer = TrainStep(
             ddp_model,
             data_loader,
@@ -175,6 +195,7 @@ class Trainer(DefaultTrainer):
             device_type="cuda" if on_gpu else "cpu",
             dtype=dtype,
             output_dir=cfg.OUTPUT_DIR,
+            accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = ObjSSLCheckpointer(
@@ -189,6 +210,17 @@ class Trainer(DefaultTrainer):
         """The training loader."""
         return self._trainer.data_loader
 
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Autocast's data type in training; None without AMP."""
+        return self._trainer.dtype
+
+    def restart_data_loader(self) -> None:
+        """Load the batches from the current iteration on anew: what they are made of has changed."""
+        loader = self.data_loader
+        loader.seek(self.iter)
+        self._trainer.reset_data_loader(lambda: loader)
+
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume from the last checkpoint of OUTPUT_DIR if asked to and there is one; else load MODEL.WEIGHTS."""
         super().resume_or_load(resume)
@@ -197,7 +229,7 @@ class Trainer(DefaultTrainer):
             logger.info("Resuming at iteration %d of %d", self.start_iter, self.max_iter)
 
     def build_hooks(self) -> list[hooks.HookBase | None]:
-        """Detectron2's hooks, the teacher's update after the step, the generators' state before the checkpoint."""
+        """Detectron2's hooks, the teacher's update and the method's hooks, the generators' state before the checkpoint."""
         cfg = self.cfg
         # The parent would read the data set once more for its PreciseBN, which forgets its place when resumed.
         self.cfg = cfg.clone()
@@ -207,22 +239,24 @@ class Trainer(DefaultTrainer):
             ret = [h for h in super().build_hooks() if h is not None]
         finally:
             self.cfg = cfg
+        model = self.checkpointer.model
+        of_method = model.build_method_hooks(self) if getattr(model, "build_method_hooks", None) is not None else []
+        # Hooks say by this attribute before which iterations they want a checkpoint.
+        wanted = frozenset(i for h in of_method for i in getattr(h, "checkpoint_before", ()))
         period = cfg.SOLVER.CHECKPOINT_PERIOD
         for i, hook in enumerate(ret):
             if isinstance(hook, hooks.PeriodicCheckpointer):
                 keep = cfg.SOLVER.MAX_TO_KEEP or None
-                ret[i] = hooks.PeriodicCheckpointer(self.checkpointer, period, max_to_keep=keep)
+                ret[i] = Checkpoints(self.checkpointer, period, max_to_keep=keep, also_before=wanted)
         before = next(i for i, h in enumerate(ret) if isinstance(h, (hooks.PeriodicCheckpointer, hooks.EvalHook)))
-        ret.insert(before, RandomState(period))
+        ret.insert(before, RandomState(period, wanted))
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
             batches = self.data_loader.from_start
             ret.insert(before, PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, batches, cfg.TEST.PRECISE_BN.NUM_ITER))
-        model = self.checkpointer.model
+        ret[:0] = of_method
         if getattr(model, "teacher", None) is not None:
             teacher = cfg.MODEL.SSL.TEACHER
             ret.insert(0, EMATeacher(model.teacher, model.student, teacher.MOMENTUM, teacher.MOMENTUM_SCHEDULE))
-        if getattr(model, "build_method_hooks", None) is not None:
-            ret[1:1] = model.build_method_hooks(self)
         return ret
 
     def after_train(self) -> None:
@@ -271,6 +305,11 @@ class Trainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """See `engine.optimizer.build_optimizer`."""
         return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        """See `engine.schedule.build_lr_scheduler`."""
+        return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:

@@ -17,7 +17,7 @@ import torch
 
 import d2_objssl
 
-_PACKAGES = ("torch", "torchvision", "numpy", "pillow", "fvcore", "pycocotools", "faster-coco-eval")
+_PACKAGES = ("torch", "torchvision", "numpy", "pillow", "fvcore", "pycocotools", "faster-coco-eval", "scikit-image")
 
 
 def environment() -> dict[str, Any]:

@@ -107,6 +107,7 @@ class MLP(nn.Module):
             out_dim=cfg.OUT_DIM,
             norm=cfg.NORM,
             activation=cfg.ACTIVATION,
+            last_norm=cfg.LAST_NORM,
             last_bias=cfg.LAST_BIAS,
         )
 

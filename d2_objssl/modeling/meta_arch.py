@@ -84,6 +84,7 @@ class ObjectSSL(nn.Module):
         self.criterion = method.criterion
         self.sample = method.sample
         self.separate_teacher_regions = method.separate_teacher_regions
+        self.idle_parameters = method.idle_parameters
         self.build_method_hooks = method.build_hooks
         self.num_views = method.num_views
         self.export_branch = export_branch

@@ -16,6 +16,7 @@ from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.structures import BoxMode
 from PIL import Image
+from stored_maps import store_maps
 
 from d2_objssl.config import add_objssl_config
 from d2_objssl.data import SSLBatch, build_train_loader
@@ -203,6 +204,11 @@ def equal(a: SSLBatch, b: SSLBatch) -> bool:
         torch.equal(u.images, v.images) and torch.equal(u.crop_boxes, v.crop_boxes) and torch.equal(u.hflip, v.hflip)
         for u, v in zip(a.views, b.views, strict=True)
     )
+
+
+def equal_regions(a: SSLBatch, b: SSLBatch) -> bool:
+    maps = [(u.region_maps, v.region_maps) for u, v in zip(a.views, b.views, strict=True)]
+    return all(x is not None and y is not None and torch.equal(x, y) for x, y in maps)
 
 
 def test_pretraining_batches_are_stacked_views(folder):
@@ -414,3 +420,185 @@ def test_errors_that_are_no_unreadable_images_are_not_hidden(boxes):
 
     with pytest.raises(KeyError, match="a bug in a mapper"):
         next(iter(build_train_loader(make_cfg(boxes, *FINETUNE), mapper)))
+
+
+# -------------------------------------------------------------------------------------------------------- regions
+
+
+@pytest.fixture
+def labelled(folder: Path) -> str:
+    """A data set with objects and label maps; in the maps, image i has the label i everywhere, but 50 at the top."""
+    dicts = []
+    (folder.parent / "labels").mkdir()
+    for i, file in enumerate(sorted(folder.iterdir())):
+        width, height = IMAGE_SIZES[i % 3]
+        labels = np.full((height, width), i, dtype=np.uint8)
+        labels[:3] = 50
+        sem_seg = folder.parent / "labels" / f"{file.stem}.png"
+        Image.fromarray(labels).save(sem_seg)
+        item = {"bbox": [4, 4, 30, 30], "bbox_mode": BoxMode.XYXY_ABS, "category_id": i % 2, "iscrowd": 0}
+        item["segmentation"] = [[4.0, 4.0, 30.0, 4.0, 30.0, 30.0]]
+        record = {"file_name": str(file), "image_id": i, "height": height, "width": width}
+        dicts.append({**record, "annotations": [item], "sem_seg_file_name": str(sem_seg)})
+    DatasetCatalog.register("test_build_labelled", lambda: dicts)
+    MetadataCatalog.get("test_build_labelled").set(ignore_label=50, image_root=str(folder))
+    return "test_build_labelled"
+
+
+def regions(source: str, *opts: object) -> tuple[object, ...]:
+    """KEY VALUE pairs; those of `opts` are below INPUT.REGIONS."""
+    named = [f"INPUT.REGIONS.{o}" if i % 2 == 0 else o for i, o in enumerate(opts)]
+    return ("INPUT.REGIONS.SOURCE", source, *named)
+
+
+def store(name: str, root: Path, value: int = 0) -> str:
+    """Region maps of a data set in a folder; those of image i have the id i + value everywhere."""
+    dicts = load_dataset_dicts(make_cfg(name, *regions("bootstrap")))
+    maps = [np.full(IMAGE_SIZES[i % 3][::-1], i + value) for i in range(len(dicts))]
+    return store_maps(root, dicts, maps)
+
+
+@pytest.mark.parametrize(
+    ("source", "keys"),
+    [
+        ("grid", set()),
+        ("felzenszwalb", set()),
+        ("instances", {"height", "width", "annotations"}),
+        ("sem_seg", {"sem_seg_file_name", "ignore_label"}),
+        ("bootstrap", {"region_key"}),
+    ],
+)
+def test_dataset_dicts_keep_what_the_source_of_regions_needs(labelled, source, keys):
+    dicts = load_dataset_dicts(make_cfg(labelled, *regions(source)))
+    assert len(dicts) == 20 and all(set(d) == {"file_name", "image_id"} | keys for d in dicts)
+    if source == "instances":
+        assert all(a.keys() == {"segmentation"} for d in dicts for a in d["annotations"])
+    if source == "bootstrap":
+        assert dicts[3]["region_key"] == "images/003.jpg"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_region_maps_follow_from_the_position(labelled, workers):
+    """Felzenszwalb's settings are drawn at random, but do not depend on workers and seeking either."""
+    opts = regions("felzenszwalb", "FELZENSZWALB", ((10.0, 10), (100.0, 200)))
+    whole = take(build_train_loader(make_cfg(labelled, *opts)), 6)
+    for batch in whole:
+        assert all(v.region_maps is not None and v.region_maps.dtype == torch.int16 for v in batch.views)
+        assert not any(v.overlapping for v in batch.views)
+    assert sum(equal_regions(whole[0], b) for b in whole) == 1
+    loader = build_train_loader(make_cfg(labelled, *opts, "DATALOADER.NUM_WORKERS", workers))
+    loader.seek(3)
+    assert all(equal(a, b) and equal_regions(a, b) for a, b in zip(whole[3:], loader, strict=False))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_image_has_its_own_region_map(labelled, tmp_path, workers):
+    root = store(labelled, tmp_path / "maps")
+    workers_and_root = ("DATALOADER.NUM_WORKERS", workers, *regions("file", "ROOT", root))
+    for opts in (workers_and_root, regions("sem_seg")):
+        for batch in take(build_train_loader(make_cfg(labelled, *opts)), 5):
+            for view in batch.views:
+                for file, region_map in zip(batch.file_names, view.region_maps, strict=True):
+                    assert set(region_map.unique().tolist()) - {-1} == {int(Path(file).stem)}
+
+
+@pytest.mark.parametrize(
+    ("source", "key"), [("instances", "annotations"), ("sem_seg", "sem_seg_file_name")], ids=["instances", "sem_seg"]
+)
+def test_images_without_the_labels_of_the_source_are_counted_before_training(labelled, tmp_path, source, key):
+    write_images(tmp_path / "more", 7)
+    cfg = make_cfg(labelled, "DATASETS.TRAIN", (labelled, f"images:{tmp_path}/more"), *regions(source))
+    with pytest.raises(ValueError, match=f'7 image.*"{key}".*INPUT.REGIONS.SOURCE "{source}".*more/000.jpg'):
+        build_train_loader(cfg)
+
+
+def test_missing_region_maps_are_counted_before_training(labelled, tmp_path):
+    root = store(labelled, tmp_path / "maps")
+    write_images(tmp_path / "more", 3)
+    cfg = make_cfg(labelled, "DATASETS.TRAIN", (labelled, f"images:{tmp_path}/more"), *regions("file", "ROOT", root))
+    with pytest.raises(ValueError, match=r"(?s)23 images.*3 missing from the index: more/000\.jpg"):
+        build_train_loader(cfg)
+
+
+def test_two_folders_of_one_name_are_refused(labelled, tmp_path):
+    write_images(tmp_path / "other" / "images", 2)
+    names = (labelled, f"images:{tmp_path}/other/images")
+    with pytest.raises(ValueError, match=r"images/000\.jpg.*other/images/000\.jpg"):
+        build_train_loader(make_cfg(labelled, "DATASETS.TRAIN", names, *regions("bootstrap")))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("source", ["sem_seg", "file"])
+def test_a_map_of_another_size_stops_the_run(labelled, tmp_path, source, workers):
+    root = store(labelled, tmp_path / "maps")
+    opts = ("DATALOADER.NUM_WORKERS", workers, *regions(source, "ROOT", root))
+    loader = build_train_loader(make_cfg(labelled, *opts))
+    file = tmp_path / ("labels/005.png" if source == "sem_seg" else "maps/maps/images/005.jpg.png")
+    Image.fromarray(np.ones((9, 9), dtype=np.uint8)).save(file)
+    with pytest.raises(ValueError, match=r"005\.(jpg\.)?png.* 9 x 9 .* 50 x 50"):
+        take(loader, 10)
+
+
+@pytest.mark.parametrize("source", ["sem_seg", "file"])
+def test_an_image_whose_map_vanished_is_replaced_counted_and_reported_once(labelled, tmp_path, caplog, source):
+    root = store(labelled, tmp_path / "maps")
+    loader = build_train_loader(make_cfg(labelled, *regions(source, "ROOT", root)))
+    is_file = source == "file"
+    vanished = tmp_path / "maps" / "maps" / "images" / "007.jpg.png" if is_file else tmp_path / "labels" / "007.png"
+    vanished.unlink()
+    with caplog.at_level(logging.WARNING, "d2_objssl"):
+        names = [name for batch in take(loader, 15) for name in batch.file_names]  # 3 epochs
+    assert len(names) == 60 and not any("007.jpg" in name for name in names)
+    assert loader.num_bad == 3
+    messages = [r.getMessage() for r in caplog.records if str(vanished) in r.getMessage()]
+    assert len(messages) == 1 and "another image takes its place" in messages[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bootstrapped_maps_appear_with_their_folder(labelled, tmp_path, workers):
+    loader = build_train_loader(make_cfg(labelled, "DATALOADER.NUM_WORKERS", workers, *regions("bootstrap")))
+    assert loader.region_root is None
+    before = take(loader, 4)
+    assert all(view.region_maps is None for batch in before for view in batch.views)
+    for value in (0, 100):
+        loader.set_region_root(store(labelled, tmp_path / str(value), value))
+        assert loader.region_root == str(tmp_path / str(value))
+        loader.seek(2)
+        for a, b in zip(before[2:], loader, strict=False):
+            assert equal(a, b), "the views stay the same"
+            for view in b.views:
+                ids = [int(Path(file).stem) + value for file in b.file_names]
+                assert view.region_maps.amax(dim=(1, 2)).tolist() == ids
+                assert view.region_maps.amin(dim=(1, 2)).tolist() == ids
+    loader.set_region_root(None)
+    assert loader.region_root is None and next(iter(loader)).views[0].region_maps is None
+
+
+def test_a_folder_of_bootstrapped_maps_is_checked(labelled, tmp_path):
+    loader = build_train_loader(make_cfg(labelled, *regions("bootstrap")))
+    root = store(labelled, tmp_path / "maps")
+    (tmp_path / "maps" / "maps" / "images" / "004.jpg.png").unlink()
+    with pytest.raises(ValueError, match=r"(?s)20 images.*1 without a file: images/004\.jpg"):
+        loader.set_region_root(root)
+    with pytest.raises(ValueError, match="/nowhere/at/all"):
+        loader.set_region_root("/nowhere/at/all")
+
+
+def test_other_sources_take_no_folder(folder):
+    for opts in ((), regions("grid")):
+        loader = build_train_loader(make_cfg(f"images:{folder}", *opts))
+        assert loader.region_root is None
+        with pytest.raises(ValueError, match=r'INPUT\.REGIONS\.SOURCE "file" or "bootstrap"'):
+            loader.set_region_root("maps")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_with_too_many_regions_are_counted_and_reported_once(folder, caplog, workers):
+    opts = regions("felzenszwalb", "FELZENSZWALB", ((1.0, 0),))
+    cfg = make_cfg(f"images:{folder}", "MODEL.SSL.DETCON.MAX_REGION_IDS", 3, "DATALOADER.NUM_WORKERS", workers, *opts)
+    loader = build_train_loader(cfg)
+    with caplog.at_level(logging.WARNING, "d2_objssl"):
+        batches = take(loader, 3)
+    assert loader.num_cut == 12
+    assert len([r for r in caplog.records if "MODEL.SSL.DETCON.MAX_REGION_IDS" in r.getMessage()]) == 1
+    assert {int(i) for b in batches for v in b.views for i in v.region_maps.unique()} <= {-1, 0, 1, 2}

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetMapper
 from detectron2.structures import BoxMode
 from PIL import Image
+from stored_maps import store_maps
 
 from d2_objssl.config import add_objssl_config
 from d2_objssl.data import ObjSSLDatasetMapper, collate_views
@@ -302,6 +303,127 @@ def test_bgr_is_refused_in_pretraining():
     with pytest.raises(ValueError, match=r'INPUT\.FORMAT is "BGR"'):
         ObjSSLDatasetMapper(make_cfg("INPUT.SSL.NUM_VIEWS", 2, "INPUT.FORMAT", "BGR"), True)
     ObjSSLDatasetMapper(make_cfg("INPUT.FORMAT", "BGR"), True)  # fine-tuning of a BGR model is allowed
+
+
+# -------------------------------------------------------------------------------------------------------- regions
+
+
+def save_rectangle(folder: Path, *, turned: bool) -> tuple[dict[str, Any], np.ndarray]:
+    """A bright rectangle on black, and its labels in all forms; `turned`: stored on its side, with an EXIF orientation.
+
+    Returns:
+        its dataset dict, and the (H, W) region map.
+    """
+    region_map = np.zeros((HEIGHT, WIDTH), dtype=np.int32)
+    region_map[20:50, 40:100] = 1
+    pixels = np.repeat((200 * region_map).astype(np.uint8)[..., None], 3, axis=2)
+    exif = Image.Exif()
+    if turned:
+        exif[0x0112] = 6  # turn it clockwise to see it
+        pixels = np.rot90(pixels)
+    Image.fromarray(np.ascontiguousarray(pixels)).save(folder / "image.jpg", quality=95, exif=exif)
+    Image.fromarray(region_map.astype(np.uint8)).save(folder / "labels.png")
+    dataset_dict = {
+        "file_name": str(folder / "image.jpg"),
+        "height": HEIGHT,
+        "width": WIDTH,
+        "annotations": [{"segmentation": [[40.0, 20.0, 100.0, 20.0, 100.0, 50.0, 40.0, 50.0]]}],
+        "sem_seg_file_name": str(folder / "labels.png"),
+        "region_key": "images/image.jpg",
+    }
+    return dataset_dict, region_map
+
+
+def map_often(mapper: ObjSSLDatasetMapper, dataset_dict: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    np.random.seed(0)
+    return [mapper(dataset_dict) for _ in range(count)]
+
+
+def shown_pixels(view: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns (S,) of the image whose centres, or pixels, the centres of the view's pixels hit."""
+    x0, y0, x1, y1 = (int(v) for v in view["crop_box"])
+    side = view["image"].shape[1]
+    steps = 2 * np.arange(side) + 1
+    rows, columns = y0 + steps * (y1 - y0) // (2 * side), x0 + steps * (x1 - x0) // (2 * side)
+    return rows, columns[::-1] if view["hflip"] else columns
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["upright", "exif"])
+@pytest.mark.parametrize("source", ["instances", "sem_seg", "file", "features"])
+def test_region_maps_move_with_the_image(tmp_path, source, turned):
+    """Where a view is bright there is the object's region, but for the pixels at its border, which are blurred."""
+    dataset_dict, region_map = save_rectangle(tmp_path, turned=turned)
+    opts: list[object] = [*PLAIN, "INPUT.SSL.CROP_SCALE", (0.3, 1.0), "INPUT.REGIONS.SOURCE", source]
+    if source in ("file", "features"):
+        stored = region_map if source == "file" else region_map[5::10, 5::10]
+        resolution = "image" if source == "file" else source
+        root = store_maps(tmp_path / "maps", [dataset_dict], [stored], resolution=resolution)
+        opts += ["INPUT.REGIONS.SOURCE", "file", "INPUT.REGIONS.ROOT", root]
+    seen = 0
+    for mapped in map_often(ObjSSLDatasetMapper(make_cfg(*opts), True), dataset_dict, 20):
+        assert mapped["overlapping_regions"] is False and "num_dropped_regions" not in mapped
+        for view in mapped["views"]:
+            moved = view["region_map"]
+            assert (moved.shape, moved.dtype) == ((48, 48), torch.int16)
+            rows, columns = shown_pixels(view)
+            np.testing.assert_array_equal(moved.numpy(), region_map[rows][:, columns])
+            windows = moved.unfold(0, 5, 1).unfold(1, 5, 1).flatten(2)
+            uniform = windows.amin(dim=2) == windows.amax(dim=2)
+            bright = view["image"][0, 2:-2, 2:-2] > 100
+            assert torch.equal(bright[uniform], moved[2:-2, 2:-2][uniform] == 1)
+            seen += int(bright[uniform].any() and not bright[uniform].all())
+    assert seen > 20
+
+
+def test_bit_sets_move_with_the_image(image_file, tmp_path):
+    bits = np.random.default_rng(0).integers(0, 2**16, (HEIGHT, WIDTH)).astype(np.int32)
+    dataset_dict = {"file_name": str(image_file), "region_key": "ramp.png"}
+    root = store_maps(tmp_path / "maps", [dataset_dict], [bits], overlapping=True)
+    cfg = make_cfg(*PLAIN, "INPUT.REGIONS.SOURCE", "file", "INPUT.REGIONS.ROOT", root)
+    for mapped in map_often(ObjSSLDatasetMapper(cfg, True), dataset_dict, 5):
+        assert mapped["overlapping_regions"] is True
+        for view in mapped["views"]:
+            assert view["region_map"].dtype == torch.int32
+            rows, columns = shown_pixels(view)
+            np.testing.assert_array_equal(view["region_map"].numpy(), bits[rows][:, columns])
+
+
+@pytest.mark.parametrize("source", ["grid", "felzenszwalb", "bootstrap"])
+def test_the_views_are_the_same_with_any_source(image_file, source):
+    """A source may draw random numbers; only what it draws itself differs."""
+    regions = ("INPUT.REGIONS.SOURCE", source, "INPUT.REGIONS.FELZENSZWALB", ((500.0, 500), (1000.0, 1000)))
+    plain = ("INPUT.SSL.NUM_VIEWS", 2, "INPUT.SSL.CROP_SIZE", 32)
+    for seed in range(3):
+        samples = []
+        for opts in (plain, (*plain, *regions)):
+            np.random.seed(seed)
+            samples.append(ObjSSLDatasetMapper(make_cfg(*opts), True)({"file_name": str(image_file)}))
+        without, with_regions = samples
+        for a, b in zip(without["views"], with_regions["views"], strict=True):
+            assert torch.equal(a["image"], b["image"]) and torch.equal(a["crop_box"], b["crop_box"])
+            assert a["hflip"] == b["hflip"]
+            assert "region_map" not in a and ("region_map" in b) == (source != "bootstrap")
+        assert "overlapping_regions" not in without
+        assert ("overlapping_regions" in with_regions) == (source != "bootstrap")
+
+
+def test_an_image_with_too_many_objects_keeps_the_largest(image_file):
+    boxes = [{"bbox": [12 * i, 0, 12 * i + 5 + i % 3, 8], "bbox_mode": BoxMode.XYXY_ABS} for i in range(9)]
+    opts = (*WHOLE, "INPUT.SSL.CROP_RATIO", (WIDTH / HEIGHT, WIDTH / HEIGHT), "INPUT.SSL.CROP_SIZE", 120)
+    cfg = make_cfg(*opts, "INPUT.REGIONS.SOURCE", "instances", "MODEL.SSL.DETCON.MAX_REGION_IDS", 4)
+    mapped = ObjSSLDatasetMapper(cfg, True)({"file_name": str(image_file), "annotations": boxes})
+    assert mapped["num_dropped_regions"] == 6
+    ids, areas = mapped["views"][0]["region_map"].unique(return_counts=True)
+    assert ids.tolist() == [-1, 0, 1, 2, 3]
+    assert areas[1] > 100 * areas[2], "the pixels of no object"
+    assert collate_views([mapped, mapped]).dropped_regions == [(str(image_file), 6)] * 2
+
+
+def test_fine_tuning_and_evaluation_read_no_regions(image_file):
+    cfg = make_cfg("INPUT.REGIONS.SOURCE", "file", "INPUT.REGIONS.ROOT", "/nowhere/at/all")
+    assert ObjSSLDatasetMapper(cfg, True).region_source is None
+    cfg.INPUT.SSL.NUM_VIEWS = 2
+    assert ObjSSLDatasetMapper(cfg, False).region_source is None
 
 
 # -------------------------------------------------------------------------------------------------------- collation

@@ -10,6 +10,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from d2_objssl.engine import EMATeacher, ema_momentum
+from d2_objssl.engine.hooks import Checkpoints
 
 STEPS = 6
 
@@ -139,3 +140,19 @@ def test_last_step_leaves_the_teacher_where_it_is() -> None:
 def test_different_networks_are_refused() -> None:
     with pytest.raises(AssertionError):
         EMATeacher(nn.Linear(2, 3), nn.Linear(3, 2), 0.99, "cosine")
+
+
+def test_checkpoints_are_also_written_before_certain_iterations() -> None:
+    saved = []
+    checkpointer = SimpleNamespace(
+        save=lambda name, **state: saved.append((name, state["iteration"])),
+        get_checkpoint_file=lambda: f"{saved[-1][0]}.pth",
+        path_manager=SimpleNamespace(exists=lambda file: True, rm=lambda file: saved.append((file, "removed"))),
+    )
+    hook = Checkpoints(checkpointer, 4, max_to_keep=2, also_before=frozenset({3, 4}))
+    hook.trainer = SimpleNamespace(iter=0, max_iter=6)
+    hook.before_train()
+    for hook.trainer.iter in range(6):
+        hook.after_step()
+    assert saved == [("model_0000002", 2), ("model_0000003", 3), ("model_final", 5)]
+    assert hook.recent_checkpoints == ["model_0000002.pth", "model_0000003.pth"]

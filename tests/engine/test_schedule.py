@@ -2,7 +2,9 @@
 
 import logging
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -10,7 +12,8 @@ from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 
 from d2_objssl.config import add_objssl_config
-from d2_objssl.engine import resolve_norms, resolve_schedule
+from d2_objssl.engine import LARS, resolve_norms, resolve_schedule
+from d2_objssl.engine.schedule import build_lr_scheduler as build_any_lr_scheduler
 
 
 def make_cfg(*opts: object) -> CfgNode:
@@ -160,3 +163,59 @@ def test_other_norms_are_left_alone(caplog):
     with caplog.at_level(logging.WARNING, "d2_objssl"):
         assert resolve_norms(cfg) == cfg
     assert "SyncBN" not in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------- OneCycle
+
+
+def one_cycle(total: int, warmup: int, peak: float, optimizer: type[torch.optim.Optimizer]) -> list[dict[str, float]]:
+    """Learning rate and momentum of every iteration."""
+    opts = ("SOLVER.LR_SCHEDULER_NAME", "OneCycleLR", "SOLVER.WARMUP_FACTOR", 0.04, "SOLVER.BASE_LR", peak)
+    cfg = make_cfg(*opts, "SOLVER.MAX_ITER", total, "SOLVER.WARMUP_ITERS", warmup)
+    kwargs = {} if optimizer is torch.optim.AdamW else {"momentum": 0.9}
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": peak * f} for f in (1, 2)]
+    built = optimizer(groups, lr=peak, **kwargs)
+    scheduler = build_any_lr_scheduler(cfg, built)
+    values = []
+    for _ in range(total):
+        first, second = built.param_groups
+        assert second["lr"] == pytest.approx(2 * first["lr"]), "a group with a rate of its own keeps the ratio"
+        momentum = first["betas"][0] if "betas" in first else first["momentum"]
+        values.append({"lr": first["lr"], "momentum": momentum})
+        built.step()
+        scheduler.step()
+    return values
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, LARS])
+def test_one_cycle(optimizer):
+    total, warmup, peak = 40, 10, 0.3
+    values = one_cycle(total, warmup, peak, optimizer)
+    for i, value in enumerate(values):
+        if i <= warmup - 1:
+            share = (1 - math.cos(math.pi * i / (warmup - 1))) / 2
+            lr, momentum = peak * (0.04 + 0.96 * share), 0.95 - 0.1 * share
+        else:
+            share = (1 - math.cos(math.pi * (i - warmup + 1) / (total - warmup))) / 2
+            lr, momentum = peak + (peak * 0.04 / 1e4 - peak) * share, 0.85 + 0.1 * share
+        assert value == pytest.approx({"lr": lr, "momentum": momentum}, rel=1e-9), i
+
+
+def test_one_cycle_of_the_released_code():
+    folder = Path(__file__).resolve().parents[3] / "shared" / "golden"
+    if not folder.is_dir():
+        pytest.skip("no reference values")
+    arrays = np.load(folder / "semcl_16_schedules.npz")
+    total = int(arrays["total_steps"])
+    warmup = round(total * float(arrays["pct_start"]))
+    values = one_cycle(total, warmup, float(arrays["max_lr"]), torch.optim.AdamW)
+    assert [v["lr"] for v in values] == pytest.approx(arrays["lr"].tolist(), rel=1e-9)
+    assert [v["momentum"] for v in values] == pytest.approx(arrays["adam_beta1"].tolist(), rel=1e-9)
+
+
+def test_one_cycle_settings_out_of_range_are_refused():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    for key, value in (("WARMUP_ITERS", 1), ("WARMUP_FACTOR", 0.0), ("WARMUP_FACTOR", 1.5)):
+        cfg = make_cfg("SOLVER.LR_SCHEDULER_NAME", "OneCycleLR", f"SOLVER.{key}", value)
+        with pytest.raises(ValueError, match=f"SOLVER.{key} is {value}"):
+            build_any_lr_scheduler(cfg, optimizer)

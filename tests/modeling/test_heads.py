@@ -110,11 +110,25 @@ def test_layers() -> None:
     assert make(num_fc=1)(torch.randn(2, 3, 5, 6)).shape == (2, 3, 5, 4)
 
 
+def head_cfg(**values: object) -> CfgNode:
+    node = {"NUM_FC": 2, "FC_DIM": 7, "OUT_DIM": 3, "NORM": "", "ACTIVATION": "relu"}
+    return CfgNode({**node, "LAST_NORM": False, "LAST_BIAS": True, **values})
+
+
 def test_from_config() -> None:
-    node = CfgNode({"NUM_FC": 2, "FC_DIM": 7, "OUT_DIM": 3, "NORM": "", "ACTIVATION": "relu"})
-    mlp = MLP.from_config(node, in_dim=5)
+    mlp = MLP.from_config(head_cfg(), in_dim=5)
     assert [tuple(p.shape) for p in mlp.parameters()] == [(7, 5), (7,), (3, 7), (3,)]
     assert isinstance(mlp.layers.act1, nn.ReLU)
+    assert list(dict(mlp.layers.named_children())) == ["fc1", "norm1", "act1", "fc2"]
+
+
+def test_last_bias_is_that_of_the_last_layer_alone() -> None:
+    mlp = MLP.from_config(head_cfg(NUM_FC=3, LAST_BIAS=False), in_dim=5)
+    assert [tuple(p.shape) for p in mlp.parameters()] == [(7, 5), (7,), (7, 7), (7,), (3, 7)]
+    assert not mlp(torch.zeros(4, 5)).any()  # the other biases are zero at first, and ReLU keeps it
+    single = make(num_fc=1, last_bias=False)
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(single(x), x @ single.layers.fc1.weight.T)
 
 
 @pytest.mark.parametrize(

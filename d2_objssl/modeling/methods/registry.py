@@ -30,6 +30,7 @@ class SSLMethod(NamedTuple):
         sample: `(views) -> list`, what the embedder gets as `regions` for each view; None passes None.
         num_views: number of views the method works on.
         separate_teacher_regions: the teacher gets regions of its own from a second call of `sample`.
+        idle_parameters: there are steps in which some of the student's parameters take no part: they have no gradient then.
         build_hooks: `(trainer) -> list[HookBase]`, hooks of the method, run after the teacher's update and before
             checkpoints are written; None: there are none.
     """
@@ -39,4 +40,5 @@ class SSLMethod(NamedTuple):
     sample: Callable[[list[ViewBatch]], list[Any]] | None = None
     num_views: int = 2
     separate_teacher_regions: bool = False
+    idle_parameters: bool = False
     build_hooks: Callable[[Any], list[HookBase]] | None = None
