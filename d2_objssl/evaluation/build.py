@@ -11,7 +11,9 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
+    COCOEvaluator,
     DatasetEvaluator,
+    DatasetEvaluators,
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
@@ -48,7 +50,10 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     if evaluator_type == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
     if evaluator_type == "cityscapes_instance":
-        return CityscapesInstanceEvaluator(dataset_name)
+        # Cityscapes' protocol scores masks alone; papers score its boxes by COCO's. Its image ids are file names, and
+        # faster-coco-eval takes numbers only.
+        boxes = COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=output_folder, use_fast_impl=False)
+        return DatasetEvaluators([CityscapesInstanceEvaluator(dataset_name), boxes])
     if evaluator_type == "cityscapes_sem_seg":
         return CityscapesSemSegEvaluator(dataset_name)
     if evaluator_type == "sem_seg":

@@ -288,6 +288,13 @@ def test_index_changes_with_the_annotations(tmp_path: Path, count_measured: list
     moved = [{**a, "segmentation": [[1, 1, 30, 1, 30, 30]]} for a in dicts[0]["annotations"]]
     load_pair_index([{**dicts[0], "annotations": moved}, dicts[1]], labels, cache_dir=str(tmp_path / "cache"))
     assert len(count_measured) == 4
+    masks = np.zeros((2, HEIGHT, WIDTH), dtype=np.uint8)
+    masks[:, 20:30, 20:30] = 1
+    masks[1, 25, 25] = 0
+    for mask in masks:  # one pixel in the middle, which is not in the text of an array
+        annotated = {**dicts[0], "annotations": [{**dicts[0]["annotations"][0], "segmentation": mask}]}
+        index = load_pair_index([annotated], labels, cache_dir=str(tmp_path / "cache"))
+        assert index.shares.tolist() == [mask.sum() / AREA]
 
 
 def test_unreadable_image_is_left_to_the_loader(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tiny_runs import finetune_cfg, pretrain_cfg, train
 
 from d2_objssl.data import SSLBatch
 from d2_objssl.engine import EMATeacher, RandomState, Trainer
-from d2_objssl.engine.hooks import PreciseBN
+from d2_objssl.engine.hooks import Checkpoints, PreciseBN
 from d2_objssl.engine.trainer import amp_dtype
 
 
@@ -82,10 +82,10 @@ def test_pictures_are_logged(photos, folder, monkeypatch):
 def test_order_of_the_hooks(photos, folder):
     """The teacher moves before the checkpoint is written, the generators are read after all else has drawn."""
     kinds = [type(h) for h in Trainer(pretrain_cfg(photos, folder)).build_hooks() if h is not None]
-    order = [EMATeacher, hooks.LRScheduler, RandomState, hooks.PeriodicCheckpointer, hooks.EvalHook]
+    order = [EMATeacher, hooks.LRScheduler, RandomState, Checkpoints, hooks.EvalHook]
     assert [k for k in kinds if k in order] == order
     finetune = [type(h) for h in Trainer(finetune_cfg(folder, "TEST.PRECISE_BN.ENABLED", True)).build_hooks()]
-    order = [PreciseBN, RandomState, hooks.PeriodicCheckpointer, hooks.EvalHook]
+    order = [PreciseBN, RandomState, Checkpoints, hooks.EvalHook]
     assert [k for k in finetune if k in order] == order
     assert EMATeacher not in finetune and hooks.PreciseBN not in finetune
 

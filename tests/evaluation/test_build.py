@@ -39,7 +39,6 @@ def make_cfg(output_dir: Path) -> CfgNode:
         ("coco", "FastCOCOEvaluator"),
         ("lvis", "LVISEvaluator"),
         ("pascal_voc", "PascalVOCDetectionEvaluator"),
-        ("cityscapes_instance", "CityscapesInstanceEvaluator"),
         ("cityscapes_sem_seg", "CityscapesSemSegEvaluator"),
         ("sem_seg", "SemSegEvaluator"),
     ],
@@ -124,3 +123,25 @@ def test_sem_seg_works_on_numpy_2(tmp_path):
     assert results["mIoU"] == pytest.approx(100) and results["pACC"] == pytest.approx(100)
     pairs[0][1]["sem_seg"] = pairs[0][1]["sem_seg"].roll(1, dims=0)
     assert run(build_evaluator(make_cfg(tmp_path), "scenes_tiny_val_sem_seg"), pairs)["sem_seg"]["pACC"] < 95
+
+
+def test_cityscapes_instances_are_scored_by_its_own_protocol_and_their_boxes_by_cocos(catalog, monkeypatch, tmp_path):
+    class MaskEvaluator(DatasetEvaluator):
+        """In the place of Cityscapes' scripts, which may be absent."""
+
+        def __init__(self, dataset_name: str) -> None:
+            assert dataset_name == NAME
+
+        def evaluate(self) -> dict[str, Any]:
+            return {"segm": {"AP": 1.5}}
+
+    scenes = DatasetCatalog.get("scenes_tiny_val")
+    # Cityscapes identifies images by their file names, and its classes have no other ids.
+    dicts = [{**d, "image_id": Path(d["file_name"]).name} for d in scenes]
+    DatasetCatalog.register(NAME, lambda: dicts)
+    classes = MetadataCatalog.get("scenes_tiny_val").thing_classes
+    MetadataCatalog.get(NAME).set(evaluator_type="cityscapes_instance", thing_classes=classes)
+    monkeypatch.setattr(build, "CityscapesInstanceEvaluator", MaskEvaluator)
+    results = run(build_evaluator(make_cfg(tmp_path), NAME), perfect(dicts))
+    assert results["segm"] == {"AP": 1.5}
+    assert set(results) == {"bbox", "segm"} and results["bbox"]["AP"] == pytest.approx(100)

@@ -548,7 +548,6 @@ def test_tool_draws_regions(load_tool, tmp_path: Path) -> None:
         (["MODEL.SSL.CYBORGS.MIN_CLUSTERS", 0], "MIN_CLUSTERS is 0.*at least 1"),
         (["MODEL.SSL.CYBORGS.MAX_CLUSTERS", 257], "MAX_CLUSTERS is 257.*MAX_REGION_IDS 256"),
         (["MODEL.SSL.CYBORGS.CONSISTENCY", "cosine"], 'CONSISTENCY is "cosine"; known:'),
-        (["MODEL.SSL.CYBORGS.VMF_PERIOD", -1], "VMF_PERIOD is -1"),
         (["MODEL.SSL.CYBORGS.WARMUP_CLUSTERS", 0], "WARMUP_CLUSTERS is 0"),
         (["MODEL.SSL.CYBORGS.KMEANS_ITERS", 0], "KMEANS_ITERS is 0"),
         (["MODEL.SSL.CYBORGS.VMF_WEIGHT", -0.1], "VMF_WEIGHT is -0.1"),

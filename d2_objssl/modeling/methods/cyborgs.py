@@ -23,6 +23,7 @@ concentration kappa is a temperature 1 / kappa.
 
 Choices that the paper leaves open follow the released code:
 
+* The fused levels, "res2, res3, res4" of the paper, are those of strides 8, 16 and 32: Detectron2's res3, res4, res5.
 * The consistency loss clusters the fused maps that the regions are pooled from, over the images of one process, with the K
   of a step drawn anew. (Section 3.4 takes up the notation of 3.3, where y is the one block that masks are made of.)
 * Student and teacher draw their regions separately, without replacement; the loss is otherwise DetCon-B's.
@@ -382,7 +383,6 @@ def _check_config(cfg: CfgNode) -> None:
         raise ValueError('INPUT.REGIONS.SOURCE is "none"; CYBORGS needs regions, its own are "bootstrap"')
     for key, smallest in (
         ("WARMUP_EPOCHS", 0),
-        ("VMF_PERIOD", 0),
         ("WARMUP_CLUSTERS", 1),
         ("MIN_CLUSTERS", 1),
         ("MAX_CLUSTERS", cyborgs.MIN_CLUSTERS),
