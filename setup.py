@@ -35,6 +35,7 @@ setup(
         "scipy>=1.11",  # MATLAB files of proposals
         "fvcore>=0.1.5.post20221221",
         "iopath>=0.1.7,<0.1.11",
+        "pycocotools>=2.0.7",
         "matplotlib>=3.6",
         "tabulate",
         "tqdm>4.29.0",

@@ -87,7 +87,7 @@ def _add_region_method_config(ssl: CN) -> None:
     cyborgs.MIN_CLUSTERS = 2  # K ~ U[MIN_CLUSTERS, MAX_CLUSTERS], both included
     cyborgs.MAX_CLUSTERS = 256
     cyborgs.KMEANS_ITERS = 20
-    cyborgs.BOOTSTRAP_PERIOD = 100.0  # N, epochs between two bootstrappings of the masks
+    cyborgs.BOOTSTRAP_PERIOD = 100.0  # N: masks are made anew at its multiples, epochs from the start; 0: never again
     cyborgs.BOOTSTRAP_FEATURE = "res3.2"  # stage and block (from 0) of the backbone whose output is clustered
     cyborgs.IMAGES_PER_CLUSTERING = 16
 
@@ -117,13 +117,12 @@ def _add_input_config(cfg: CN) -> None:
     ssl.BLUR_SIGMA = (0.1, 2.0)  # standard deviation of the blur, pixels of the view
     ssl.SOLARIZE_PROB = [0.0, 0.2]
 
-
     regions = cfg.INPUT.REGIONS = CN()
     # Where the regions of the views come from: "none" | "grid" | "global" (the whole image) | "felzenszwalb" |
     # "selective_search" | "instances" or "sem_seg" (ground truth of the data set) | "file" (tools/generate_masks.py) |
     # "bootstrap" (CYBORGS makes them during the run).
     regions.SOURCE = "none"
-    regions.ROOT = ""  # "file": the folder that tools/generate_masks.py filled
+    regions.ROOT = ""  # "file": the folder that tools/generate_masks.py filled (format: data/region_files.py)
     regions.GRID_SIZE = 5  # n of the n x n grid
     # (scale, min_size) of Felzenszwalb and Huttenlocher; of several, one is drawn for each image.
     regions.FELZENSZWALB = ((1000.0, 1000),)

@@ -248,12 +248,14 @@ def spherical_kmeans(features: Tensor, num_clusters: int, iterations: int, seed:
 
     Raises:
         ImportError: without FAISS.
-        ValueError: if `features` holds NaN or infinity.
+        FloatingPointError: if `features` holds NaN or infinity.
     """
     assert features.ndim == 2 and len(features) > 0 and num_clusters > 0 and iterations > 0
     features = features.detach().float()
     if not torch.isfinite(features).all():
-        raise ValueError(f"The features to be clustered, of shape {tuple(features.shape)}, hold NaN or infinity")
+        raise FloatingPointError(
+            f"The features to be clustered, of shape {tuple(features.shape)}, hold NaN or infinity"
+        )
     points = F.normalize(features, dim=1)
     directions = points[points.any(dim=1)]
     if len(directions) == 0:

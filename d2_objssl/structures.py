@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-
 NO_REGION = -1  # label of the pixels that belong to no region
 MAX_OVERLAPPING = 16  # regions of a bit set, which thus fits into a 16-bit PNG
 

@@ -15,7 +15,12 @@ from packaging.requirements import Requirement
 REPO_ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 # Modules that are not called as the distribution that brings them.
-DISTRIBUTIONS = {"cv2": "opencv-python-headless", "PIL": "pillow", "faiss": "faiss-cpu"}
+DISTRIBUTIONS = {
+    "cv2": "opencv-contrib-python-headless",
+    "PIL": "pillow",
+    "faiss": "faiss-cpu",
+    "skimage": "scikit-image",
+}
 
 
 @pytest.fixture

@@ -277,7 +277,7 @@ def test_kmeans_of_equal_points():
 def test_kmeans_refuses_what_is_not_finite(bad):
     x = random_points(20)
     x[3, 2] = bad
-    with pytest.raises(ValueError, match=r"\(20, 8\).*NaN or infinity"):
+    with pytest.raises(FloatingPointError, match=r"\(20, 8\).*NaN or infinity"):
         spherical_kmeans(x, 4, 20, seed=0)
 
 

@@ -320,4 +320,4 @@ def build_region_source(cfg: CfgNode) -> RegionSource | None:
 def _refuse(files: list[str], reason: str) -> None:
     """Raise a ValueError if there are such images."""
     if files := list(dict.fromkeys(files)):
-        raise ValueError(f"DATASETS.TRAIN has {len(files)} image(s) {reason}; the first: {files[:_NUM_EXAMPLES]}")
+        raise ValueError(f"The data set has {len(files)} image(s) {reason}; the first: {files[:_NUM_EXAMPLES]}")

@@ -268,6 +268,12 @@ class Trainer(DefaultTrainer):
                 self.data_loader.num_bad,
                 self.data_loader.num_seen,
             )
+        if self.data_loader.num_cut:
+            logger.warning(
+                "%d of %d images had more regions than MODEL.SSL.DETCON.MAX_REGION_IDS; their smallest ones were dropped.",
+                self.data_loader.num_cut,
+                self.data_loader.num_seen,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to resume, beside the model."""

@@ -216,7 +216,10 @@ class ObjectSSL(nn.Module):
             storage.put_scalars(**{k: float(v) for k, v in metrics.items()}, smoothing_hint=False)
         if self.vis_period > 0 and storage.iter % self.vis_period == 0:
             storage.put_image("views", draw_views(views))
-            maps = [v.region_maps if t.scores is None else t.scores.argmax(dim=1) for v, t in zip(views, teacher, strict=True)]
+            maps = [
+                v.region_maps if t.scores is None else t.scores.argmax(dim=1)
+                for v, t in zip(views, teacher, strict=True)
+            ]
             known = [m for m in maps if m is not None]
             if len(known) == len(views) and not any(v.overlapping for v in views):
                 storage.put_image("regions", draw_regions(views, known))
