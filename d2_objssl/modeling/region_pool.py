@@ -1,6 +1,6 @@
 """From backbone features and region maps to one vector a region.
 
-    N  images    C  channels    h, w  cells    S  side of a view, pixels    K  region ids    M  regions drawn from a view
+    N  images    C  channels    h, w  cells    S  side of a view, pixels    K  region ids    M  regions of a view
 
 Region maps have the resolution of the view, features that of the backbone's grid: a cell is `stride` x `stride` pixels.
 Ids of pixels are counted per cell and never one-hot encoded: 256 ids of 224 x 224 pixels are 51 MB an image.
@@ -53,8 +53,8 @@ def region_weights(region_maps: Tensor, stride: int, num_ids: int) -> Tensor:
     Returns:
         (N, K, h, w) float32, 1 where the cell is of that region; a cell without any region is 0 in all of them.
 
-    Source: DetCon section 3.1 (binary maps, average-pooled) and its released code (each cell to its arg-max). Ours: there,
-    a cell without any region belongs to id 0.
+    Source: DetCon section 3.1 (binary maps, average-pooled) and its released code (each cell to its arg-max). There, a
+    cell without any region belongs to id 0.
     """
     n = region_maps.shape[0]
     padding = [-side % stride for side in region_maps.shape[1:]]
@@ -178,7 +178,10 @@ class RegionSampler:
 
     def _draw(self, view: ViewBatch) -> Regions:
         if view.region_maps is None:
-            raise ValueError("the views have no region maps: INPUT.REGIONS.SOURCE must say where regions come from")
+            raise ValueError(
+                "The views have no region maps: in training INPUT.REGIONS.SOURCE says where they come from; a method that "
+                "contrasts given regions predicts none for a new image"
+            )
         if view.overlapping:
             weights = overlapping_region_weights(view.region_maps, self.stride)
         else:

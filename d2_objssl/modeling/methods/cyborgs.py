@@ -63,6 +63,7 @@ from torch import Tensor
 from ...proposals import spherical_kmeans
 from ...structures import RegionEmbeddings, Regions, ViewBatch
 from ..heads import MLP
+from ..metrics import feature_std
 from ..region_pool import RegionSampler, fuse_levels
 from .detcon import DetConCriterion, DetConEmbedder, check_config
 from .registry import SSL_METHOD_REGISTRY, SSLMethod
@@ -283,13 +284,12 @@ class CyborgsCriterion(DetConCriterion):
         for _, centroids, labels in clusterings:
             shares = torch.bincount(labels, minlength=len(centroids)) / len(labels)
             entropies.append(torch.special.entr(shares).sum() / math.log(max(len(centroids), 2)))
-        rows = F.normalize(torch.cat([cells for cells, _, _ in clusterings]), dim=1)
         self.metrics |= {
             "clusters": torch.tensor(len(clusterings[0][1])),
             # 1 where all clusters have equally many cells, 0 where one has all of them.
             "cluster_entropy": torch.stack(entropies).mean(),
-            # As "feature_std", of cells: 0 where all of them collapse to one direction.
-            "cell_std": rows.std(dim=0).mean() * rows.shape[1] ** 0.5,
+            # "feature_std" is that of regions.
+            "cell_std": feature_std(torch.cat([cells for cells, _, _ in clusterings])),
         }
 
 

@@ -15,22 +15,25 @@ Where paper and released code differ, this is the code:
 
 * Several positives of a query share its label equally, as soft labels of one softmax over everything (Eq. 1-3: a sum of
   softmaxes, each with one positive in its denominator).
-* A query is weighted by 1 / (how often its region was drawn from its view), so that a region counts once however often it
-  is drawn, and the mean is over all N M queries, those without a positive included.
+* A query is weighted by 1 / (how often its region was drawn from its view), so that a region counts once however often
+  it is drawn, and the mean is over all N M queries, those without a positive included.
 * Drawings of the query's own region from its own view are no negatives: they would be the query itself.
 * Regions are drawn with replacement. Student and teacher of a view get the same ones, the two views draw independently.
 * The last layer of a head has no bias; batch norm takes all N M vectors of a view together.
 
-With one region, the whole image, and M = 1 DetCon-S is SimCLR: the loss is twice NT-Xent's mean over 2 N anchors. With M
-copies of that region it becomes (loss + 2 log M) / M: the same gradient divided by M, to which LARS is blind but for weight
-decay (Table 4a: "no difference"). DetCon-B then has BYOL's networks and their asymmetry; its loss stays contrastive.
+With one region, the whole image, and M = 1 DetCon-S is SimCLR: the loss is twice NT-Xent's mean over 2 N anchors. With
+M copies of that region it becomes (loss + 2 log M) / M: the same gradient divided by M, to which LARS is blind but for
+weight decay (Table 4a: "no difference"). DetCon-B then has BYOL's networks and their asymmetry; its loss stays
+contrastive.
+
+Deviation from the released code: a cell without any region belongs to none, and a view without any region contributes
+its whole grid as one (there: the cells become mask 0, which may be another region).
 
 Choices of ours, where neither the paper nor the released code says how:
 
-* A view without any region contributes its whole grid as one region (there: mask 0).
-* NUM_VIEWS 1: the two sides are two independent drawings of M regions from the one view. Their vectors of a region differ
-  with POOLING "sample" (other cells), and with a teacher; DetCon-S on means has trivial positives and learns from the
-  negatives alone, which the log warns about.
+* NUM_VIEWS 1: the two sides are two independent drawings of M regions from the one view. Their vectors of a region
+  differ with POOLING "sample" (other cells), and with a teacher; DetCon-S on means has trivial positives and learns from
+  the negatives alone, which the log warns about.
 * POOLING "sample": one cell for each of the M drawings, in proportion to the region's share of the cells.
 """
 
@@ -48,6 +51,7 @@ from torch.utils.checkpoint import checkpoint
 from ...distributed import gather_keys, gather_with_gradient
 from ...structures import MAX_OVERLAPPING, RegionEmbeddings, Regions, ViewBatch
 from ..heads import MLP
+from ..metrics import feature_std
 from ..region_pool import RegionSampler, fuse_levels, masked_average_pool
 from .registry import SSL_METHOD_REGISTRY, SSLMethod
 
@@ -296,13 +300,11 @@ class DetConCriterion(nn.Module):
         distinct = [1 / _num_repeats(ids[:, v]) for v in (0, 1)]
         shared = (ids[:, 0, :, None] == ids[:, 1, None, :]).any(dim=2)
         no_region = MAX_OVERLAPPING if views[0].overlapping else self.max_region_ids
-        rows = F.normalize(z.float().flatten(0, 2), dim=1)
         self.metrics = {
             "regions_per_view": torch.stack(distinct).sum(dim=2).mean(),
             "positive_pairs": (distinct[0] * shared).sum(dim=1).mean(),
             "images_without_region": (ids == no_region).any(dim=2).float().mean(dim=1).sum(),
-            # 1 where directions are spread evenly over the sphere, 0 where all regions collapse to one.
-            "feature_std": rows.std(dim=0).mean() * rows.shape[1] ** 0.5,
+            "feature_std": feature_std(z.float().flatten(0, 2)),
         }
 
 
@@ -333,8 +335,8 @@ def _build(cfg: CfgNode, input_shape: dict[str, ShapeSpec], use_teacher: bool) -
     check_config(cfg, name, use_teacher)
     if cfg.INPUT.REGIONS.SOURCE in ("none", "bootstrap"):
         raise ValueError(
-            f'INPUT.REGIONS.SOURCE is "{cfg.INPUT.REGIONS.SOURCE}"; {name} needs regions that are known before the run, '
-            'for example "file", "felzenszwalb" or "grid"'
+            f'INPUT.REGIONS.SOURCE is "{cfg.INPUT.REGIONS.SOURCE}"; {name} needs regions that are known before the '
+            'run, for example "file", "felzenszwalb" or "grid"'
         )
     ssl, detcon = cfg.MODEL.SSL, cfg.MODEL.SSL.DETCON
     if not use_teacher and detcon.NUM_VIEWS == 1 and detcon.POOLING == "mean":

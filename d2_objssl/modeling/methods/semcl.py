@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from ...distributed import gather_keys
 from ...structures import RegionEmbeddings, ViewBatch
 from ..heads import MLP
+from ..metrics import feature_std
 from ..region_pool import fuse_levels
 from .registry import SSL_METHOD_REGISTRY, SSLMethod
 from .slotcon import image_nce
@@ -195,8 +196,7 @@ class SemCLCriterion(nn.Module):
         return {
             "anchor_accuracy": picked[0].float().mean(),
             "not_anchor_accuracy": picked[1].float().mean(),
-            # 1 where directions are spread evenly over the sphere, 0 where all views collapse to one.
-            "feature_std": F.normalize(pooled).std(dim=0).mean() * pooled.shape[1] ** 0.5,
+            "feature_std": feature_std(pooled),
         }
 
 

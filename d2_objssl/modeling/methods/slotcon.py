@@ -46,6 +46,7 @@ from ...distributed import all_reduce_mean, gather_keys, gather_rows
 from ...geometry import align_features, overlap_rois
 from ...structures import RegionEmbeddings, ViewBatch
 from ..heads import MLP
+from ..metrics import feature_std
 from ..region_pool import fuse_levels
 from .registry import SSL_METHOD_REGISTRY, SSLMethod
 
@@ -355,8 +356,7 @@ class SlotConCriterion(nn.Module):
             "active_slots": torch.stack([t.valid.sum(1).float().mean() for t in teacher]).mean(),
             "positive_pairs": torch.stack([p.sum(1).float().mean() for p in pairs]).mean(),
             "dead_prototypes": (self.images_since_active >= _DEAD_AFTER_IMAGES).sum(),
-            # 1 where directions are spread evenly over the sphere, 0 where all images collapse to one.
-            "feature_std": F.normalize(torch.cat(maps)).std(dim=0).mean() * maps[0].shape[1] ** 0.5,
+            "feature_std": feature_std(torch.cat(maps)),
         }
 
 
