@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""Does pretraining help? Fine-tunes one detector from several initialisations at an equal schedule and compares the AP.
+"""Does pretraining help? Fine-tunes one model from several initialisations at an equal schedule and compares.
 
-Pretrains each method on the unlabelled scenes, converts the checkpoint, fine-tunes Mask R-CNN on the few labelled
-ones, and does the same from random initialisation; for every seed. The row "byol" is DetCon-B with the whole image as its
-only region; "detcon_gt" sees the true masks of the unlabelled scenes: an upper bound, not self-supervised. Writes a
-table, AP curves and a JSON record. Runs of an earlier call in the same --output folder that finished are not repeated,
-interrupted ones are resumed.
+Pretrains each method, converts the checkpoint, fine-tunes, and does the same from random initialisation; for every seed.
+Tasks: "scenes", pretraining on 2,000 generated scenes, Mask R-CNN on 100 other, labelled ones; "camvid", pretraining and
+semantic segmentation on CamVid's training images (in DETECTRON2_DATASETS/camvid).
+
+The row "byol" is DetCon-B with the whole image as its only region. Two rows are not self-supervised: "detcon_gt" sees the
+true masks of the scenes that it is pretrained on, "semcl" label maps. Writes a table, curves and a JSON record. Runs of an
+earlier call in the same --output folder that finished are not repeated, interrupted ones are resumed.
 
 Example:
     python benchmarks/transfer.py --methods random slotcon --seeds 0 1 2 --output output/transfer \\
@@ -23,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +38,6 @@ from d2_objssl.evaluation.results import write_record
 from d2_objssl.visualization import plot_curves
 
 ROOT = Path(__file__).resolve().parent.parent
-FINETUNE_CONFIG = "configs/quick/mask_rcnn_R_18_FPN_scenes.yaml"
 _DETCON = "configs/quick/detcon_b_R_18_scenes.yaml"
 # Method -> pretraining config and overrides; None: random initialisation.
 METHODS: dict[str, tuple[str, list[str]] | None] = {
@@ -46,8 +48,45 @@ METHODS: dict[str, tuple[str, list[str]] | None] = {
     "detcon_fh": (_DETCON, []),
     "detcon_gt": (_DETCON, ["INPUT.REGIONS.SOURCE", "instances"]),
     "cyborgs": ("configs/quick/cyborgs_R_18_scenes.yaml", []),
+    "semcl": ("configs/quick/semcl_R_18_scenes.yaml", []),
 }
-METRICS = ("bbox/AP", "segm/AP")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What backbones are pretrained on and fine-tuned for.
+
+    Attributes:
+        summary: of the fine-tuning, in words.
+        datasets: names in the catalog, so that what is missing is found, or generated, first.
+        pretrain_opts: overrides of every method's config.
+        finetune_config: the config file.
+        metrics: name in metrics.json -> name in the table; the first one is drawn.
+    """
+
+    summary: str
+    datasets: tuple[str, ...]
+    pretrain_opts: tuple[str, ...]
+    finetune_config: str
+    metrics: dict[str, str]
+
+
+TASKS = {
+    "scenes": Task(
+        summary="Mask R-CNN R18-FPN on scenes_train (100 images), AP on scenes_val (100 images)",
+        datasets=("scenes_unlabeled", "scenes_train", "scenes_val"),
+        pretrain_opts=(),
+        finetune_config="configs/quick/mask_rcnn_R_18_FPN_scenes.yaml",
+        metrics={"bbox/AP": "box AP", "segm/AP": "mask AP"},
+    ),
+    "camvid": Task(
+        summary="semantic FPN R18 on camvid_train_sem_seg (367 images), mIoU on camvid_val_sem_seg (101 images)",
+        datasets=("camvid_train_sem_seg", "camvid_val_sem_seg"),
+        pretrain_opts=("DATASETS.TRAIN", "('camvid_train_sem_seg',)"),
+        finetune_config="configs/quick/sem_seg_R_18_FPN_camvid.yaml",
+        metrics={"sem_seg/mIoU": "mIoU", "sem_seg/pACC": "pixel accuracy"},
+    ),
+}
 
 
 @dataclass
@@ -142,7 +181,8 @@ def pretrain(method: str, seed: int, args: argparse.Namespace, threads: int) -> 
         return ""
     config, overrides = setting
     output = args.output / f"pretrain_{method}_seed{seed}"
-    run = Run(f"pretrain {method} seed {seed}", config, output, ["SEED", str(seed), *overrides, *args.pretrain_opts])
+    overrides = ["SEED", str(seed), *TASKS[args.task].pretrain_opts, *overrides, *args.pretrain_opts]
+    run = Run(f"pretrain {method} seed {seed}", config, output, overrides)
     execute(run, threads)
     weights = output / "backbone.pkl"
     if not weights.exists():
@@ -170,7 +210,7 @@ def _format(values: list[float]) -> str:
 
 
 def compare(
-    runs: dict[str, list[Run]], eval_period: int
+    runs: dict[str, list[Run]], eval_period: int, metrics: Sequence[str]
 ) -> tuple[list[list[str]], dict[str, dict[str, dict[str, list[float]]]]]:
     """Rows of the table, and method -> metric -> iteration -> values of the seeds."""
     curves: dict[str, dict[str, dict[str, list[float]]]] = {}
@@ -180,22 +220,21 @@ def compare(
                 # Evaluations within the run are logged at the last iteration before them, the final one after it.
                 step = int(row["iteration"])
                 step += (step + 1) % eval_period == 0
-                for metric in METRICS:
+                for metric in metrics:
                     if metric in row:
                         value = 0.0 if math.isnan(row[metric]) else row[metric]  # NaN: nothing was detected
                         curves.setdefault(method, {}).setdefault(metric, {}).setdefault(str(step), []).append(value)
     rows = []
-    for method, metrics in curves.items():
-        box = metrics["bbox/AP"]
-        final = str(max(int(i) for i in box))
-        halfway = [i for i in box if int(i) * 2 == int(final)]
+    for method, by_metric in curves.items():
+        main_metric = by_metric[metrics[0]]
+        final = str(max(int(i) for i in main_metric))
+        halfway = [i for i in main_metric if int(i) * 2 == int(final)]
         rows.append(
             [
                 method,
-                _format(box[final]),
-                _format(metrics["segm/AP"][final]),
-                _format(box[halfway[0]]) if halfway else "",
-                " / ".join(f"{v:.1f}" for v in box[final]),
+                *(_format(by_metric[metric][final]) for metric in metrics),
+                _format(main_metric[halfway[0]]) if halfway else "",
+                " / ".join(f"{v:.1f}" for v in main_metric[final]),
             ]
         )
     return rows, curves
@@ -204,6 +243,7 @@ def compare(
 def main(argv: list[str] | None = None) -> int:
     """Run the comparison; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=list(TASKS), default="scenes")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["random", "slotcon"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of pretraining and fine-tuning alike")
     parser.add_argument("--output", type=Path, default=Path("output/transfer"))
@@ -214,7 +254,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--finetune-opts", nargs="*", default=[], metavar="KEY VALUE", help="overrides for fine-tuning")
     args = parser.parse_args(argv)
     start = time.time()
-    for name in ("scenes_unlabeled", "scenes_train", "scenes_val"):
+    task = TASKS[args.task]
+    for name in task.datasets:
         DatasetCatalog.get(name)
 
     pairs = [(method, seed) for seed in args.seeds for method in args.methods]
@@ -228,18 +269,19 @@ def main(argv: list[str] | None = None) -> int:
             overrides = ["SEED", str(seed), "TEST.EVAL_PERIOD", str(args.eval_period), "MODEL.WEIGHTS"]
             overrides += [weights[method, seed], *args.finetune_opts]
             output = args.output / f"finetune_{method}_seed{seed}"
-            runs[method].append(Run(f"fine-tune from {method} seed {seed}", FINETUNE_CONFIG, output, overrides))
+            runs[method].append(Run(f"fine-tune from {method} seed {seed}", task.finetune_config, output, overrides))
         jobs = [run for seed_runs in zip(*runs.values(), strict=True) for run in seed_runs]
         list(pool.map(lambda run: execute(run, 1), jobs))
 
-    rows, curves = compare(runs, args.eval_period)
-    headers = ["initialisation", "box AP", "mask AP", "box AP halfway", "box AP of each seed"]
+    rows, curves = compare(runs, args.eval_period, list(task.metrics))
+    first, second = task.metrics.values()
+    headers = ["initialisation", first, second, f"{first} halfway", f"{first} of each seed"]
     table = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
-    print(f"\nMask R-CNN R18-FPN on 100 labelled scenes, equal schedule, {len(args.seeds)} seed(s)\n\n{table}\n")
+    print(f"\n{task.summary}; equal schedule, {len(args.seeds)} seed(s)\n\n{table}\n")
     (args.output / "table.md").write_text(table + "\n")
     lines, bands = {}, {}
     for method, metrics in curves.items():
-        points = {int(i): mean_and_error(v) for i, v in metrics["bbox/AP"].items()}
+        points = {int(i): mean_and_error(v) for i, v in metrics[next(iter(task.metrics))].items()}
         lines[method] = [(float(i), points[i][0]) for i in sorted(points)]
         if len(args.seeds) > 1:
             bands[method] = [points[i][1] for i in sorted(points)]
@@ -247,18 +289,19 @@ def main(argv: list[str] | None = None) -> int:
         args.output / "ap_curves.png",
         lines,
         xlabel="fine-tuning iteration",
-        ylabel="box AP on scenes_val",
-        title="AP at an equal, short schedule",
+        ylabel=f"{first} on {task.datasets[-1]}",
+        title=f"{first} at an equal, short schedule",
         bands=bands or None,
     )
     if args.record:
         write_record(
             args.record,
             {
-                "task": "Mask R-CNN R18-FPN on scenes_train (100 images), AP on scenes_val (100 images)",
+                "task": task.summary,
                 "pretrain_configs": {m: setting[0] if (setting := METHODS[m]) else None for m in args.methods},
                 "method_opts": {m: setting[1] for m in args.methods if (setting := METHODS[m])},
-                "finetune_config": FINETUNE_CONFIG,
+                "finetune_config": task.finetune_config,
+                "task_opts": list(task.pretrain_opts),
                 "pretrain_opts": args.pretrain_opts,
                 "finetune_opts": args.finetune_opts,
                 "seeds": args.seeds,

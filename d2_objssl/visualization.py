@@ -94,6 +94,28 @@ def draw_regions(views: list[ViewBatch], region_maps: list[Tensor], num_images: 
     return _sheet_of_columns(columns, captions)
 
 
+def draw_pairs(views: list[ViewBatch], num_images: int = 4) -> Tensor:
+    """Show the views of pairs, one row each: every view of the anchor beside the same view of the not-anchor.
+
+    Args:
+        views: V views of N pairs, not normalised: (N, 3, S, S) uint8 RGB, on any device; the first half shows anchors, the
+            second half not-anchors.
+        num_images: how many of the N pairs are shown.
+
+    Returns:
+        (3, H, W) uint8 RGB.
+    """
+    assert views and len(views) % 2 == 0 and num_images > 0
+    half = len(views) // 2
+    columns, captions = [], []
+    for v in range(half):
+        for name, view in (("anchor", views[v]), ("not-anchor", views[half + v])):
+            shown = _first_images(view, num_images)
+            columns.append(_to_tiles(shown.images))
+            captions.append([f"{name}, {caption}" for caption in _view_captions(shown, v)])
+    return _sheet_of_columns(columns, captions)
+
+
 def overlay_region_map(image: np.ndarray, region_map: np.ndarray, alpha: float = 0.5) -> np.ndarray:
     """Colour an image by its regions, with thin white borders between them.
 
@@ -191,6 +213,14 @@ def _sheet_of_columns(columns: list[list[np.ndarray]], captions: list[list[str]]
 
 
 # ---------------------------------------------------------------------------------------------- sheets and files
+
+
+def resize_longer_side(image: np.ndarray, side: int) -> np.ndarray:
+    """Resize an (H, W, 3) uint8 image so that its longer side has `side` pixels."""
+    height, width = image.shape[:2]
+    scale = side / max(height, width)
+    size = (max(round(width * scale), 1), max(round(height * scale), 1))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
 
 
 def contact_sheet(images: Sequence[np.ndarray], num_columns: int, captions: Sequence[str] | None = None) -> np.ndarray:

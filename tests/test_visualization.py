@@ -17,6 +17,7 @@ from d2_objssl.structures import ViewBatch
 from d2_objssl.visualization import (
     TILE_SIZE,
     contact_sheet,
+    draw_pairs,
     draw_regions,
     draw_views,
     overlay_region_map,
@@ -443,9 +444,28 @@ def test_tool_says_what_is_wrong(tool: ModuleType, args: list[str], message: str
         tool.main(args)
 
 
-@pytest.mark.parametrize("command", ["views", "regions", "detections"])
+@pytest.mark.parametrize("command", ["views", "regions", "detections", "attention"])
 def test_tool_help_has_an_example(tool: ModuleType, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         tool.main([command, "--help"])
     assert stop.value.code == 0
     assert f"python tools/visualize.py {command} --config-file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_pairs_stand_side_by_side(num_images: int) -> None:
+    """View v of the anchor is followed by view v of the not-anchor."""
+    values = (10, 60, 110, 160)  # two views of the anchor, then two of the not-anchor
+    views = [
+        ViewBatch(
+            images=torch.full((2, 3, TILE_SIZE, TILE_SIZE), value, dtype=torch.uint8),
+            crop_boxes=torch.tensor([[0.0, 0.0, 9.0, 9.0]]).repeat(2, 1),
+            hflip=torch.zeros(2, dtype=torch.bool),
+        )
+        for value in values
+    ]
+    sheet = draw_pairs(views, num_images)
+    row = sheet[0, 100]  # crosses the first row of tiles
+    shown = [int(v) for v in torch.unique_consecutive(row) if int(v) in values]
+    assert shown == [10, 110, 60, 160]
+    assert draw_pairs(views, 2).shape[1] > draw_pairs(views, 1).shape[1]

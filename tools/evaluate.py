@@ -38,7 +38,7 @@ from d2_objssl.evaluation.region_quality import best_overlaps, count_regions, ev
 from d2_objssl.evaluation.results import write_record
 from d2_objssl.proposals import resize_regions
 from d2_objssl.structures import MAX_OVERLAPPING
-from d2_objssl.visualization import contact_sheet, overlay_region_map, region_colors, save_png
+from d2_objssl.visualization import contact_sheet, overlay_region_map, region_colors, resize_longer_side, save_png
 
 # name of a source -> (what --source takes, how the source is made of the settings)
 _SOURCES: dict[str, tuple[str, Callable[..., RegionSource]]] = {
@@ -143,7 +143,7 @@ def draw_sources(
     tiles, captions = [], []
     for d in (labelled[i] for i in chosen):
         image = read_rgb_image(d["file_name"])
-        tile = fit_image(image, side)
+        tile = resize_longer_side(image, side)
         gt_masks = instance_masks(d)
         objects = [a for a in d["annotations"] if not a.get("iscrowd", 0) and shape_of(a)]
         painted = paint_objects(objects, image.shape[0], image.shape[1], d["file_name"])
@@ -156,14 +156,6 @@ def draw_sources(
             abo = f", ABO {overlaps.mean():.2f}" if len(overlaps) else ""
             captions.append(f"{spec}: {count_regions(region_map, overlapping=overlapping)}{abo}")
     return contact_sheet(tiles, 1 + len(sources), captions)
-
-
-def fit_image(image: np.ndarray, side: int) -> np.ndarray:
-    """Resize an (H, W, 3) uint8 image so that its longer side has `side` pixels."""
-    height, width = image.shape[:2]
-    scale = side / max(height, width)
-    size = (max(round(width * scale), 1), max(round(height * scale), 1))
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
 
 
 def outline_regions(image: np.ndarray, bits: np.ndarray) -> np.ndarray:

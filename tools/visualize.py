@@ -24,7 +24,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
@@ -40,9 +39,12 @@ from d2_objssl.detection_drawing import draw_detections, draw_ground_truth
 from d2_objssl.engine import resolve_norms, setup_cfg
 from d2_objssl.visualization import (
     contact_sheet,
+    draw_pairs,
+    draw_regions,
     draw_views,
     overlay_region_map,
     region_caption,
+    resize_longer_side,
     save_png,
 )
 
@@ -52,11 +54,18 @@ _NO_WEIGHTS = "no weights were given: name a checkpoint with --weights FILE"
 
 
 def draw_training_views(cfg: CfgNode, args: argparse.Namespace) -> np.ndarray:
-    """Contact sheet of the first views that training on DATASETS.TRAIN draws."""
+    """Contact sheet of the first views that training on DATASETS.TRAIN draws: with their regions or pairs, if there are."""
     if cfg.INPUT.SSL.NUM_VIEWS == 0:
         raise ValueError(f"INPUT.SSL.NUM_VIEWS is 0 in {args.config_file}: only pretraining has views to show")
     batch = next(iter(build_train_loader(cfg)))
-    return draw_views(batch.views, args.num_images).permute(1, 2, 0).numpy()
+    maps = [v.region_maps for v in batch.views if v.region_maps is not None and not v.overlapping]
+    if cfg.INPUT.PAIRS.SOURCE != "none":
+        sheet = draw_pairs(batch.views, args.num_images)
+    elif maps:
+        sheet = draw_regions(batch.views, maps, args.num_images)
+    else:
+        sheet = draw_views(batch.views, args.num_images)
+    return sheet.permute(1, 2, 0).numpy()
 
 
 def draw_predicted_regions(cfg: CfgNode, args: argparse.Namespace) -> np.ndarray:
@@ -154,14 +163,6 @@ def first_images(cfg: CfgNode, dataset_name: str, num_images: int) -> Iterator[d
     """The first images of a data set, whole, as the mapper gives them to a model in evaluation."""
     batches = build_test_loader(cfg, dataset_name)
     return itertools.islice(itertools.chain.from_iterable(batches), num_images)
-
-
-def resize_longer_side(image: np.ndarray, side: int) -> np.ndarray:
-    """Resize an (H, W, 3) uint8 image so that its longer side has `side` pixels."""
-    height, width = image.shape[:2]
-    scale = side / max(height, width)
-    size = (max(round(width * scale), 1), max(round(height * scale), 1))
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
 
 
 def _training_scale(cfg: CfgNode) -> int:

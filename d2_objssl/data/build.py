@@ -323,7 +323,12 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], dict[str
     pretrain = cfg.INPUT.SSL.NUM_VIEWS > 0
     groups = repeat_factors = None
     if not pretrain and cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-        groups = np.array([d["width"] > d["height"] for d in dicts], dtype=np.int8)
+        if all("width" in d and "height" in d for d in dicts):
+            groups = np.array([d["width"] > d["height"] for d in dicts], dtype=np.int8)
+        else:
+            logger.info(
+                "DATALOADER.ASPECT_RATIO_GROUPING has no effect: the data set does not say how large its images are"
+            )
     name = cfg.DATALOADER.SAMPLER_TRAIN
     if name == "RepeatFactorTrainingSampler":
         repeat_factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(

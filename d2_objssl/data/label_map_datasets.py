@@ -2,6 +2,7 @@
 
 voc_2012_trainaug_sem_seg            VOC2012/{JPEGImages, SegmentationClassAug, ImageSets/Segmentation/trainaug.txt}
 coco_2017_train_stuff_things_sem_seg coco/{train2017, stuffthingmaps/train2017}
+camvid_{train,val,test}_sem_seg      camvid/{images,labels}/{train,val,test}, the split of 11 classes; label 11 is ignored
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from detectron2.data.datasets import load_sem_seg
 _VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+_CAMVID_CLASSES = (
+    "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
 )  # fmt: skip
 _NUM_COCO_LABELS = 182  # labels of the pixel maps: COCO's category id - 1, with gaps
 
@@ -57,6 +61,18 @@ def register_label_map_datasets(root: str) -> None:
         sem_seg_root=maps,
         evaluator_type="sem_seg",
     )
+
+    for split in ("train", "val", "test"):
+        images, maps = (os.path.join(root, "camvid", kind, split) for kind in ("images", "labels"))
+        name = f"camvid_{split}_sem_seg"
+        DatasetCatalog.register(name, lambda images=images, maps=maps: load_sem_seg(maps, images))
+        MetadataCatalog.get(name).set(
+            stuff_classes=list(_CAMVID_CLASSES),
+            ignore_label=len(_CAMVID_CLASSES),
+            image_root=images,
+            sem_seg_root=maps,
+            evaluator_type="sem_seg",
+        )
 
     coco_images = os.path.join(root, "coco", "train2017")
     coco_maps = os.path.join(root, "coco", "stuffthingmaps", "train2017")

@@ -9,8 +9,6 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
-    CityscapesInstanceEvaluator,
-    CityscapesSemSegEvaluator,
     COCOEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
@@ -21,6 +19,7 @@ from detectron2.evaluation import (
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+from .cityscapes import CityscapesLabelEvaluator, CityscapesMaskEvaluator
 from .coco import FastCOCOEvaluator
 
 
@@ -53,9 +52,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
         # Cityscapes' protocol scores masks alone; papers score its boxes by COCO's. Its image ids are file names, and
         # faster-coco-eval takes numbers only.
         boxes = COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=output_folder, use_fast_impl=False)
-        return DatasetEvaluators([CityscapesInstanceEvaluator(dataset_name), boxes])
+        return DatasetEvaluators([CityscapesMaskEvaluator(dataset_name), boxes])
     if evaluator_type == "cityscapes_sem_seg":
-        return CityscapesSemSegEvaluator(dataset_name)
+        return CityscapesLabelEvaluator(dataset_name)
     if evaluator_type == "sem_seg":
         return SemSegEvaluator(
             dataset_name, distributed=True, output_dir=output_folder, sem_seg_loading_fn=_load_labels

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data.collation import SSLBatch, collate_views
 from ..structures import RegionEmbeddings, ViewBatch
-from ..visualization import draw_regions, draw_views
+from ..visualization import draw_regions
 from .methods.registry import SSL_METHOD_REGISTRY, SSLMethod
 
 # Metrics cost a device synchronisation, so they are logged as often as Detectron2 writes its logs.
@@ -86,6 +86,7 @@ class ObjectSSL(nn.Module):
         self.separate_teacher_regions = method.separate_teacher_regions
         self.idle_parameters = method.idle_parameters
         self.build_method_hooks = method.build_hooks
+        self.draw = method.draw
         self.num_views = method.num_views
         self.export_branch = export_branch
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -215,7 +216,7 @@ class ObjectSSL(nn.Module):
             metrics: dict[str, Tensor] = getattr(self.criterion, "metrics", {})
             storage.put_scalars(**{k: float(v) for k, v in metrics.items()}, smoothing_hint=False)
         if self.vis_period > 0 and storage.iter % self.vis_period == 0:
-            storage.put_image("views", draw_views(views))
+            storage.put_image("views", self.draw(views))
             maps = [
                 v.region_maps if t.scores is None else t.scores.argmax(dim=1)
                 for v, t in zip(views, teacher, strict=True)

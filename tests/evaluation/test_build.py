@@ -39,7 +39,7 @@ def make_cfg(output_dir: Path) -> CfgNode:
         ("coco", "FastCOCOEvaluator"),
         ("lvis", "LVISEvaluator"),
         ("pascal_voc", "PascalVOCDetectionEvaluator"),
-        ("cityscapes_sem_seg", "CityscapesSemSegEvaluator"),
+        ("cityscapes_sem_seg", "CityscapesLabelEvaluator"),
         ("sem_seg", "SemSegEvaluator"),
     ],
 )
@@ -141,7 +141,7 @@ def test_cityscapes_instances_are_scored_by_its_own_protocol_and_their_boxes_by_
     DatasetCatalog.register(NAME, lambda: dicts)
     classes = MetadataCatalog.get("scenes_tiny_val").thing_classes
     MetadataCatalog.get(NAME).set(evaluator_type="cityscapes_instance", thing_classes=classes)
-    monkeypatch.setattr(build, "CityscapesInstanceEvaluator", MaskEvaluator)
+    monkeypatch.setattr(build, "CityscapesMaskEvaluator", MaskEvaluator)
     results = run(build_evaluator(make_cfg(tmp_path), NAME), perfect(dicts))
     assert results["segm"] == {"AP": 1.5}
     assert set(results) == {"bbox", "segm"} and results["bbox"]["AP"] == pytest.approx(100)

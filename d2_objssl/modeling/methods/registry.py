@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from detectron2.engine import HookBase
 from detectron2.utils.registry import Registry
-from torch import nn
+from torch import Tensor, nn
 
 from ...structures import ViewBatch
+from ...visualization import draw_views
 
 SSL_METHOD_REGISTRY = Registry("SSL_METHOD")
 SSL_METHOD_REGISTRY.__doc__ = """
@@ -33,6 +34,7 @@ class SSLMethod(NamedTuple):
         idle_parameters: there are steps in which some of the student's parameters take no part: they have no gradient then.
         build_hooks: `(trainer) -> list[HookBase]`, hooks of the method, run after the teacher's update and before
             checkpoints are written; None: there are none.
+        draw: `(views, not normalised) -> (3, H, W)` uint8 picture of what training sees.
     """
 
     embedder: nn.Module
@@ -42,3 +44,4 @@ class SSLMethod(NamedTuple):
     separate_teacher_regions: bool = False
     idle_parameters: bool = False
     build_hooks: Callable[[Any], list[HookBase]] | None = None
+    draw: Callable[[list[ViewBatch]], Tensor] = draw_views

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from ...distributed import gather_keys
 from ...structures import RegionEmbeddings, ViewBatch
+from ...visualization import draw_pairs
 from ..heads import MLP
 from ..metrics import feature_std
 from ..region_pool import fuse_levels
@@ -232,4 +233,5 @@ def SemCL(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> SSLMethod:
             paired=semcl.LOSS == "paired",
         ),
         num_views=2 * NUM_MEMBER_VIEWS,
+        draw=draw_pairs,
     )
