@@ -16,6 +16,15 @@ def _add_model_config(cfg: CN) -> None:
     # How strided convolutions and the stem's pooling pad: "symmetric" (PyTorch) | "same" (TensorFlow, haiku).
     cfg.MODEL.RESNETS.PADDING = "symmetric"
 
+    # Used by MODEL.BACKBONE.NAME "build_swin_backbone" and "build_swin_fpn_backbone". The defaults are Swin-T.
+    swin = cfg.MODEL.SWIN = CN()
+    swin.EMBED_DIM = 96  # channels of res2
+    swin.DEPTHS = (2, 2, 6, 2)  # blocks in res2 to res5
+    swin.NUM_HEADS = (3, 6, 12, 24)
+    swin.WINDOW_SIZE = 7  # cells
+    swin.DROP_PATH_RATE = 0.0  # stochastic depth: how often the last block is left out; earlier ones less often
+    swin.OUT_FEATURES = ("res2", "res3", "res4", "res5")
+
     ssl = cfg.MODEL.SSL = CN()
     # The pretraining method: a name of SSL_METHOD_REGISTRY. Used by MODEL.META_ARCHITECTURE "ObjectSSL" alone.
     ssl.METHOD = "SlotCon"
@@ -125,7 +134,7 @@ def _add_input_config(cfg: CN) -> None:
     regions.ROOT = ""  # "file": the folder that tools/generate_masks.py filled (format: data/region_files.py)
     regions.GRID_SIZE = 5  # n of the n x n grid
     # (scale, min_size) of Felzenszwalb and Huttenlocher; of several, one is drawn for each image.
-    regions.FELZENSZWALB = ((1000.0, 1000),)
+    regions.FELZENSZWALB = [[1000.0, 1000]]
     regions.NUM_PROPOSALS = 16  # how many overlapping proposals an image keeps, the best by score; at most 16
 
     pairs = cfg.INPUT.PAIRS = CN()

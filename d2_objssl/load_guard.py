@@ -21,16 +21,20 @@ from .weight_names import LAYOUTS
 
 logger = logging.getLogger(__name__)
 
-# What the pixels must be like, then what a ResNet computes beside its weights.
+# What the pixels must be like, then what a ResNet or a Swin Transformer computes beside its weights.
 _INPUT_KEYS = {"format": "INPUT.FORMAT", "pixel_mean": "MODEL.PIXEL_MEAN", "pixel_std": "MODEL.PIXEL_STD"}
 _WIDTHS = ("width_per_group", "res2_out_channels", "stem_out_channels")
 _RESNET_KEYS = {
     name: f"MODEL.RESNETS.{name.upper()}" for name in ("depth", "stride_in_1x1", "padding", "num_groups", *_WIDTHS)
 }
+_SWIN_KEYS = {name: f"MODEL.SWIN.{name.upper()}" for name in ("embed_dim", "depths", "num_heads", "window_size")}
+_CONTRACT_KEYS = _INPUT_KEYS | _RESNET_KEYS | _SWIN_KEYS
 # Whoever trains under these names feeds RGB and strides in the 3x3; the pixel statistics may differ.
 LAYOUT_CONTRACTS: dict[str, dict[str, Any]] = {
     "torchvision": {"format": "RGB", "stride_in_1x1": False, "padding": "symmetric"},
     "haiku": {"format": "RGB", "stride_in_1x1": False, "padding": "same"},
+    "timm": {"format": "RGB"},
+    "swin": {"format": "RGB"},
 }
 # By how much the features of a network change with its padding: mean of 5 ResNet-50 with haiku's initialisation, on
 # noise of 224 x 224. Statistics of batch normalisation that fit the images can raise it to 100 %.
@@ -40,6 +44,9 @@ PADDING_ERROR = "43, 37, 31 and 30 % (relative L2 at res2 to res5, random weight
 _COMPUTED = re.compile(r"(^|\.)(num_batches_tracked|relative_position_index)$")
 # Deformable convolutions start with zero offsets on top of a pretrained ordinary ResNet.
 _STARTS_AT_ZERO = re.compile(r"\.conv2_offset\.(weight|bias)$")
+# Swin Transformers: classification and pretraining only normalise the last stage, detection normalises every output.
+# Where norm0 to norm2 are not in the file they start with weight 1 and bias 0, without which nothing could be trained.
+_STARTS_AT_ONE = re.compile(r"(^|\.backbone\.|\.bottom_up\.|^backbone\.)norm[0-2]\.(weight|bias)$")
 
 
 def input_contract(cfg: CfgNode) -> dict[str, Any]:
@@ -48,7 +55,8 @@ def input_contract(cfg: CfgNode) -> dict[str, Any]:
     Returns:
         format ("RGB" or "BGR"), pixel_mean and pixel_std (lists, in 0-255, in the order of format); for ResNets
         also depth, stride_in_1x1, padding ("symmetric" or "same"), num_groups, and, multiplied by WIDTH_MULTIPLIER,
-        width_per_group, res2_out_channels, stem_out_channels.
+        width_per_group, res2_out_channels, stem_out_channels; for Swin Transformers embed_dim, depths, num_heads and
+        window_size, as in MODEL.SWIN.
 
     Raises:
         ValueError: if MODEL.BACKBONE.NAME has no use for WIDTH_MULTIPLIER or PADDING as they are set.
@@ -66,6 +74,10 @@ def input_contract(cfg: CfgNode) -> dict[str, Any]:
     values = {key: _plain_value(cfg, path) for key, path in keys.items() if key != "padding"}
     if "resnet" in name:
         values |= {"padding": padding, **{key: values[key] * multiplier for key in _WIDTHS}}
+    if "swin" in name:
+        swin = cfg.MODEL.SWIN
+        values |= {"embed_dim": swin.EMBED_DIM, "depths": list(swin.DEPTHS), "num_heads": list(swin.NUM_HEADS)}
+        values["window_size"] = swin.WINDOW_SIZE
     return values
 
 
@@ -91,7 +103,7 @@ def compare_contracts(stored: Mapping[str, Any], current: Mapping[str, Any], sou
     if "depth" in stored:  # older contracts do not mention the padding
         stored = {"padding": "symmetric"} | dict(stored)
     lines = []
-    for name, key in (_INPUT_KEYS | _RESNET_KEYS).items():
+    for name, key in _CONTRACT_KEYS.items():
         # Basic blocks have no 1x1 convolution to put a stride or groups in.
         is_idle = current.get("depth", 50) < 50 and name in ("stride_in_1x1", "num_groups", "width_per_group")
         if name in stored and name in current and not is_idle and not _equal(stored[name], current[name]):
@@ -200,9 +212,9 @@ def backbone_keys(model: nn.Module) -> list[str]:
 
     The bottom-up network in `backbone` (without FPN's own convolutions) and, in a C4 model, `roi_heads.res5`; in an
     ObjectSSL model the backbones of student and teacher; in a model without `backbone` everything. Not what needs no
-    loading: `num_batches_tracked`, offsets of deformable convolutions.
+    loading: `num_batches_tracked`, offsets of deformable convolutions, norm0 to norm2 of a Swin Transformer.
     """
-    names = [name for name in _all_keys(model) if not _STARTS_AT_ZERO.search(name)]
+    names = [name for name in _all_keys(model) if not (_STARTS_AT_ZERO.search(name) or _STARTS_AT_ONE.search(name))]
     chosen: list[str] = []
     for prefix in ("backbone.", "student.backbone.", "teacher.backbone."):
         below = [name for name in names if name.startswith(prefix)]
@@ -254,7 +266,9 @@ def _part(name: str) -> str:
 def _hint(report: LoadReport, names: list[str], num_loaded: int, require: str) -> str:
     """What the user may do about a network that was not fully loaded."""
     if {name for name, _, _ in report.incorrect_shapes}.intersection(names):
-        return "Shapes differ: compare MODEL.RESNETS (DEPTH, RES2_OUT_CHANNELS, ...) and the number of classes."
+        return (
+            "Shapes differ: compare MODEL.RESNETS (DEPTH, RES2_OUT_CHANNELS, ...) or MODEL.SWIN, and the number of classes."
+        )
     if num_loaded == 0:
         return (
             f"No name matches: the file has none of the known layouts ({', '.join(LAYOUTS)}), or holds another kind of "
@@ -262,4 +276,4 @@ def _hint(report: LoadReport, names: list[str], num_loaded: int, require: str) -
         )
     if require == "all":
         return "The whole model is needed here: give a model that was fine-tuned with this config, not a backbone."
-    return "The file holds another kind of network than the config: compare MODEL.BACKBONE and MODEL.RESNETS."
+    return "The file holds another kind of network than the config: compare MODEL.BACKBONE and MODEL.RESNETS or MODEL.SWIN."

@@ -1,13 +1,16 @@
-"""The one table of weight names: which layouts of a ResNet state dict exist, and how they become Detectron2's.
+"""The one table of weight names: which layouts of a state dict exist, and how they become Detectron2's.
 
     layout        example of a key                            written by
     d2_objssl     teacher.backbone.res2.0.conv1.weight        pretraining with this package
     detectron2    backbone.bottom_up.res2.0.conv1.weight      Detectron2, convert_checkpoint (there without a prefix)
     torchvision   module.encoder_q.layer1.0.conv1.weight      torchvision, timm, MoCo, official SlotCon, ...
+    timm          layers.1.downsample.reduction.weight        timm, Swin Transformers alone (weight_names_swin.py)
+    swin          layers.0.downsample.reduction.weight        Microsoft's Swin Transformers (weight_names_swin.py)
     haiku         params/block_group_0/block_0/conv_0/w       DetCon and BYOL in JAX (weight_names_haiku.py)
 
 "Bare names" are those of `detectron2.modeling.build_resnet_backbone`, without a prefix: `stem.conv1.weight`,
-`stem.conv1.norm.weight`, `res2.0.conv1.weight`, `res2.0.shortcut.norm.running_mean`.
+`stem.conv1.norm.weight`, `res2.0.conv1.weight`, `res2.0.shortcut.norm.running_mean`; or of Detectron2's Swin
+Transformer: `patch_embed.proj.weight`, `layers.0.blocks.0.attn.qkv.weight`, `norm3.weight`.
 Values (tensors or arrays) pass through untouched, but for haiku's: only names change.
 """
 
@@ -18,10 +21,9 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from .weight_names_haiku import HAIKU_ROOTS, flatten_haiku, haiku_to_detectron2
+from .weight_names_swin import is_swin, swin_from_detectron2, swin_prefixes, swin_to_detectron2
 
-LAYOUTS = ("d2_objssl", "detectron2", "torchvision", "haiku")
-# timm's ResNets have torchvision's names.
-_ALIASES = {"timm": "torchvision"}
+LAYOUTS = ("d2_objssl", "detectron2", "torchvision", "timm", "swin", "haiku")
 
 # torchvision's module within the stem or a block -> Detectron2's.
 _MODULES = {
@@ -43,7 +45,7 @@ _DETECTRON2_KEY = re.compile(
     rf"(?:stem(?=\.conv1\.)|res(?P<stage>[2-5])\.(?P<block>\d+))\.(?P<module>(?:conv[1-3]|shortcut)(?:\.norm)?)\.{_LEAF}"
 )
 
-# A network in one of these layouts is found wherever both keys stand behind the same prefix.
+# A ResNet in one of these layouts is found wherever both keys stand behind the same prefix.
 _ROOTS = {
     "detectron2": ("stem.conv1.weight", "res2.0.conv1.weight"),
     "torchvision": ("conv1.weight", "layer1.0.conv1.weight"),
@@ -123,14 +125,16 @@ def detect_layout(state_dict: Mapping[str, Any]) -> str:
     """Tell the layout of a state dict (or of a whole checkpoint) by its keys.
 
     Returns:
-        "d2_objssl", "detectron2", "torchvision" or "haiku".
+        One of LAYOUTS; for ResNets of timm "torchvision".
 
     Raises:
         ValueError: if no layout fits.
     """
     state = unwrap_state_dict(state_dict)
-    if _prefixes(state, "torchvision"):
-        return "torchvision"
+    # Before "d2_objssl", because other methods, too, call a network "student.backbone".
+    for layout in ("torchvision", "timm", "swin"):
+        if _prefixes(state, layout):
+            return layout
     if any(name.startswith("student.backbone.") for name in state):
         return "d2_objssl"
     for layout in ("detectron2", "haiku"):
@@ -138,7 +142,7 @@ def detect_layout(state_dict: Mapping[str, Any]) -> str:
             return layout
     raise ValueError(
         f"unknown layout of weights; the first of {len(state)} keys: {', '.join(list(state)[:8])}. "
-        f"Known layouts: {', '.join(LAYOUTS)} (also timm's names, which are torchvision's), behind any prefix"
+        f"Known layouts: {', '.join(LAYOUTS)} (of ResNets and Swin Transformers), behind any prefix"
     )
 
 
@@ -149,7 +153,7 @@ def to_detectron2(state_dict: Mapping[str, Any], layout: str = "auto", *, branch
 
     Args:
         state_dict: name -> tensor or array; or a whole checkpoint as `load_checkpoint` returns it.
-        layout: one of LAYOUTS, "timm" (an alias of "torchvision"), or "auto": `detect_layout`.
+        layout: one of LAYOUTS, where "timm" fits all that timm ever wrote, or "auto": `detect_layout`.
         branch: "student" or "teacher", where the file holds both. None: the branch that the method is known for:
             what a checkpoint's own metadata says (MODEL.SSL.EXPORT_BRANCH: the teacher for SlotCon, the student for
             CYBORGS, DetCon-B and SemCL), without metadata the teacher if there is one; in other people's files the
@@ -170,6 +174,8 @@ def to_detectron2(state_dict: Mapping[str, Any], layout: str = "auto", *, branch
     bare = dict(_below(state, prefix))
     if layout == "d2_objssl":
         return dict(_below(bare, "bottom_up.")) or bare
+    if prefix in swin_prefixes(state, layout):
+        return swin_to_detectron2(bare, layout)
     if layout == "torchvision":
         return {_from_torchvision(k): v for k, v in bare.items() if re.match(r"(conv1|bn1|layer\d+)\.", k)}
     bare = {k: v for k, v in bare.items() if re.match(r"(stem|res[2-5])\.", k)}
@@ -201,19 +207,28 @@ def from_detectron2(state_dict: Mapping[str, Any], layout: str = "torchvision") 
 
     Args:
         state_dict: name -> tensor or array, with bare names or behind any prefix.
-        layout: "torchvision" or "timm": the names are the same.
+        layout: "torchvision" or "timm": of ResNets the names are the same.
 
     Raises:
         ValueError: if `layout` is another one, or a key has no name there (deformable convolutions, a changed stem).
     """
-    if _ALIASES.get(layout, layout) != "torchvision":
+    if layout not in ("torchvision", "timm"):
         raise ValueError(f'layout is "{layout}"; from_detectron2 knows "torchvision" and "timm"')
-    return {_to_torchvision(name): value for name, value in to_detectron2(state_dict, "detectron2").items()}
+    bare = to_detectron2(state_dict, "detectron2")
+    if is_swin(bare):
+        return swin_from_detectron2(bare, layout)
+    return {_to_torchvision(name): value for name, value in bare.items()}
 
 
 def network_roots(state_dict: Mapping[str, Any], layout: str) -> list[str]:
-    """Names of the first convolution of every network of `layout` in a state dict; none for "d2_objssl"."""
-    return [prefix + _ROOTS[layout][0] for prefix in _prefixes(state_dict, layout)] if layout in _ROOTS else []
+    """Names of the first convolution of every network of `layout` in a state dict.
+
+    None for "d2_objssl"; of Swin Transformers only in Detectron2's layout, since Microsoft's stem has the same names.
+    """
+    roots = [prefix + _ROOTS[layout][0] for prefix in _resnet_prefixes(state_dict, layout)]
+    if layout == "detectron2":
+        roots += [f"{prefix}patch_embed.proj.weight" for prefix in swin_prefixes(state_dict, layout)]
+    return roots
 
 
 def infer_resnet(state_dict: Mapping[str, Any]) -> dict[str, int]:
@@ -246,14 +261,23 @@ def infer_resnet(state_dict: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _resolve_layout(state: Mapping[str, Any], layout: str) -> str:
-    layout = detect_layout(state) if layout == "auto" else _ALIASES.get(layout, layout)
+    if layout == "auto":
+        return detect_layout(state)
     if layout not in LAYOUTS:
-        raise ValueError(f'layout is "{layout}"; it must be "auto", "timm" or one of {", ".join(LAYOUTS)}')
+        raise ValueError(f'layout is "{layout}"; it must be "auto" or one of {", ".join(LAYOUTS)}')
+    if layout == "timm" and not swin_prefixes(state, "timm"):
+        return "swin" if swin_prefixes(state, "swin") else "torchvision"  # before version 0.9; a ResNet
     return layout
 
 
 def _prefixes(names: Collection[str], layout: str) -> list[str]:
     """Every prefix behind which a network of `layout` stands."""
+    return _resnet_prefixes(names, layout) + swin_prefixes(names, layout)
+
+
+def _resnet_prefixes(names: Collection[str], layout: str) -> list[str]:
+    if layout not in _ROOTS:
+        return []
     first, second = _ROOTS[layout]
     ends = (f".{first}", f"/{first}")
     candidates = (name.removesuffix(first) for name in names if name == first or name.endswith(ends))
