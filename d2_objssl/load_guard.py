@@ -45,8 +45,8 @@ _COMPUTED = re.compile(r"(^|\.)(num_batches_tracked|relative_position_index)$")
 # Deformable convolutions start with zero offsets on top of a pretrained ordinary ResNet.
 _STARTS_AT_ZERO = re.compile(r"\.conv2_offset\.(weight|bias)$")
 # Swin Transformers: classification and pretraining only normalise the last stage, detection normalises every output.
-# Where norm0 to norm2 are not in the file they start with weight 1 and bias 0, without which nothing could be trained.
-_STARTS_AT_ONE = re.compile(r"(^|\.backbone\.|\.bottom_up\.|^backbone\.)norm[0-2]\.(weight|bias)$")
+# norm0 to norm2, those of res2 to res4, start with weight 1 and bias 0 where a file does not have them.
+_STARTS_AT_ONE = re.compile(r"(^|backbone\.|bottom_up\.)norm[0-2]\.(weight|bias)$")
 
 
 def input_contract(cfg: CfgNode) -> dict[str, Any]:
@@ -266,9 +266,7 @@ def _part(name: str) -> str:
 def _hint(report: LoadReport, names: list[str], num_loaded: int, require: str) -> str:
     """What the user may do about a network that was not fully loaded."""
     if {name for name, _, _ in report.incorrect_shapes}.intersection(names):
-        return (
-            "Shapes differ: compare MODEL.RESNETS (DEPTH, RES2_OUT_CHANNELS, ...) or MODEL.SWIN, and the number of classes."
-        )
+        return "Shapes differ: compare MODEL.RESNETS (DEPTH, ...) or MODEL.SWIN (...), and the number of classes."
     if num_loaded == 0:
         return (
             f"No name matches: the file has none of the known layouts ({', '.join(LAYOUTS)}), or holds another kind of "
