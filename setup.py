@@ -45,6 +45,7 @@ setup(
         "gpu": ["faiss-gpu>=1.14.3"],  # instead of `faiss`: both install the module faiss
         "fast-eval": ["faster-coco-eval>=1.8"],
         "safetensors": ["safetensors>=0.4"],
+        "timm": ["timm>=1.0"],  # what conversions of Swin Transformers are compared with
         # Score-CAM. grad-cam has it, too, but its opencv-python-headless overwrites the cv2 of the list above.
         "attention": ['torchcam>=0.5,<0.6; python_version >= "3.11"'],
         "dev": ["pytest>=8", "ruff", "mypy", "pre-commit>=4"],

@@ -56,7 +56,7 @@ class TimmSwin(nn.Module):
     def __init__(self, state: Mapping[str, Tensor], arch: Mapping[str, Any]) -> None:
         """
         Args:
-            state: timm's or Microsoft's name -> weight, without a prefix; timm itself tells and renames the latter.
+            state: timm's or Microsoft's name -> weight, without a prefix. timm itself renames the latter.
             arch: of the network.
 
         Raises:
@@ -73,7 +73,9 @@ class TimmSwin(nn.Module):
             num_classes=0,
         )
         renamed = {name.replace("layers_", "layers."): value for name, value in state.items()}
-        _load(self.net, timm_swin.checkpoint_filter_fn(renamed, self.net), "timm")
+        if "layers.0.downsample.reduction.weight" in renamed:  # Microsoft's
+            renamed = timm_swin.checkpoint_filter_fn(renamed, self.net)
+        _load(self.net, renamed, "timm")
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Features of the four stages."""

@@ -161,7 +161,7 @@ def _from_torchvision(name: str) -> str:
     raise _no_name(name, "Detectron2")
 
 
-def _to_torchvision(name: str) -> str:
+def _to_torchvision(name: str, package: str = "torchvision") -> str:
     module, _, leaf = name.rpartition(".")
     if match := _BLOCK_KEY.fullmatch(name):
         if match["module"] in _BLOCK_MODULES:
@@ -173,13 +173,13 @@ def _to_torchvision(name: str) -> str:
         return f"norm.{leaf}"
     elif module in _STEM_MODULES:
         return f"{_STEM_MODULES[module]}.{leaf}"
-    raise _no_name(name, "torchvision")
+    raise _no_name(name, package)
 
 
 def _to_timm(name: str) -> str:
     if match := _BETWEEN_KEY.fullmatch(name):
         return f"layers.{int(match['stage']) + 1}.downsample.{match['module']}.{match['leaf']}"
-    _to_torchvision(name)  # raises if it is no name of the network
+    _to_torchvision(name, "timm")  # raises if it is no name of the network
     return re.sub(r"^norm3\.", "norm.", name)
 
 

@@ -78,8 +78,11 @@ def test_pretraining_uses_the_ssl_pipeline(config):
     cfg = load(config)
     assert cfg.MODEL.META_ARCHITECTURE == "ObjectSSL"
     assert cfg.INPUT.SSL.NUM_VIEWS == {"SemCL": 6}.get(cfg.MODEL.SSL.METHOD, 1 if "one_view" in config else 2)
-    assert cfg.MODEL.BACKBONE.NAME in ("build_resnet_backbone", "build_objssl_resnet_backbone")
-    assert set(cfg.MODEL.SSL.IN_FEATURES) <= set(cfg.MODEL.RESNETS.OUT_FEATURES)
+    assert cfg.MODEL.BACKBONE.NAME in ("build_resnet_backbone", "build_objssl_resnet_backbone", "build_swin_backbone")
+    if "_swin_" in config:  # unused outputs have parameters, for which data-parallel training would wait
+        assert set(cfg.MODEL.SSL.IN_FEATURES) == set(cfg.MODEL.SWIN.OUT_FEATURES)
+    else:
+        assert set(cfg.MODEL.SSL.IN_FEATURES) <= set(cfg.MODEL.RESNETS.OUT_FEATURES)
     # What the paper's numbers are of.
     assert cfg.MODEL.SSL.EXPORT_BRANCH == ("teacher" if cfg.MODEL.SSL.METHOD == "SlotCon" else "student")
     assert cfg.DATASETS.TEST == ()
@@ -254,12 +257,32 @@ def test_semcl_hyper_parameters_are_the_papers(config):
     if "_R_" in config:  # MoCo-v3's heads for a ResNet
         assert (ssl.PROJECTOR.NUM_FC, ssl.PROJECTOR.LAST_NORM) == (2, True)
         assert (ssl.PREDICTOR.NUM_FC, ssl.PREDICTOR.LAST_NORM) == (2, False)
+    else:  # and for a transformer
+        assert (ssl.PROJECTOR.NUM_FC, ssl.PROJECTOR.LAST_NORM) == (3, True)
+        assert (ssl.PREDICTOR.NUM_FC, ssl.PREDICTOR.LAST_NORM) == (2, True)
     assert (pairs.SOURCE, pairs.MIN_AREA) == ("sem_seg", 0.01)
     assert (solver.OPTIMIZER, solver.WEIGHT_DECAY, solver.WEIGHT_DECAY_NORM) == ("ADAMW", 0.1, 0.1)
     assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.REFERENCE_BATCH) == (64, 1.5e-4, 256)
     assert (solver.LR_SCHEDULER_NAME, solver.MAX_ITER, solver.WARMUP_ITERS) == ("OneCycleLR", 30_000, 3_750)
     assert solver.WARMUP_FACTOR == 1 / 25
     assert "LABELS" in header(config) and "MODEL.WEIGHTS" in header(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "embed_dim", "depths", "num_heads", "drop_path_rate"),
+    [
+        ("T_30k_coco", 96, (2, 2, 6, 2), (3, 6, 12, 24), 0.1),
+        ("S_30k_coco", 96, (2, 2, 18, 2), (3, 6, 12, 24), 0.2),
+        ("B_30k_coco", 128, (2, 2, 18, 2), (4, 8, 16, 32), 0.2),
+        ("L_30k_cityscapes", 192, (2, 2, 18, 2), (6, 12, 24, 48), 0.2),
+    ],
+)
+def test_swin_transformers_of_semcl(config, embed_dim, depths, num_heads, drop_path_rate):
+    cfg = load(f"configs/pretrain/semcl_swin_{config}.yaml")
+    swin = cfg.MODEL.SWIN
+    assert (swin.EMBED_DIM, swin.DEPTHS, swin.NUM_HEADS, swin.WINDOW_SIZE) == (embed_dim, depths, num_heads, 7)
+    assert swin.DROP_PATH_RATE == drop_path_rate
+    assert cfg.SOLVER.ACCUMULATION_STEPS == (2 if config.startswith("L") else 1)
 
 
 # -------------------------------------------------------------------------------------------- fine-tuning's values
@@ -269,7 +292,8 @@ def test_semcl_hyper_parameters_are_the_papers(config):
 def test_coco_protocol(config):
     cfg = load(config)
     assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("coco_2017_train",), ("coco_2017_val",))
-    assert (cfg.SOLVER.OPTIMIZER, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == ("SGD", 16, 0.02)
+    optimizer = ("ADAMW", 16, 1e-4) if "_swin_" in config else ("SGD", 16, 0.02)
+    assert (cfg.SOLVER.OPTIMIZER, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == optimizer
     assert (cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.WARMUP_ITERS) == ("WarmupMultiStepLR", 1000)
     expected = {"1x": ((60_000, 80_000), 90_000), "2x": ((120_000, 160_000), 180_000)}[Path(config).stem[-2:]]
     assert (cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER) == expected
@@ -290,6 +314,22 @@ def test_the_two_heads_are_different_protocols(schedule):
     assert (fc.ROI_BOX_HEAD.NUM_CONV, fc.ROI_BOX_HEAD.NUM_FC) == (0, 2)
     assert conv.ROI_BOX_HEAD.NORM == conv.ROI_MASK_HEAD.NORM == "SyncBN"
     assert fc.ROI_BOX_HEAD.NORM == fc.ROI_MASK_HEAD.NORM == ""
+
+
+@pytest.mark.parametrize("config", [c for c in FINETUNE if "_swin_T_" in c])
+def test_swin_detector_differs_from_the_resnets_in_backbone_and_optimizer_alone(config):
+    resnet, swin = flatten(load(config.replace("swin_T", "R_50"))), flatten(load(config))
+    changed = {k: v for k, v in swin.items() if resnet[k] != v}
+    ratio = resnet["SOLVER.BASE_LR"] / 0.02
+    assert changed == {
+        "MODEL.BACKBONE.NAME": "build_swin_fpn_backbone",
+        "MODEL.SWIN.DROP_PATH_RATE": 0.2,
+        "SOLVER.OPTIMIZER": "ADAMW",
+        "SOLVER.BASE_LR": pytest.approx(1e-4 * ratio),
+        "SOLVER.WEIGHT_DECAY": 0.05,
+        "SOLVER.WEIGHT_DECAY_BIAS": 0.0,
+    }
+    assert swin["SOLVER.WEIGHT_DECAY_NORM"] == 0.0
 
 
 # ------------------------------------------------------------------------------------------------- quick configs

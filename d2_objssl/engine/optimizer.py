@@ -102,13 +102,16 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     name = cfg.SOLVER.OPTIMIZER
     if name == "SGD":
         return build_sgd(cfg, model)
+    bias_decay = cfg.SOLVER.WEIGHT_DECAY_BIAS
     params = get_default_optimizer_params(
         model,
         base_lr=cfg.SOLVER.BASE_LR,
         weight_decay=cfg.SOLVER.WEIGHT_DECAY,
         weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
         bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        weight_decay_bias=bias_decay,
+        # The biases of a Swin Transformer's attention, which Detectron2 does not count as such.
+        overrides=None if bias_decay is None else {"relative_position_bias_table": {"weight_decay": bias_decay}},
     )
     optimizer: torch.optim.Optimizer
     if name == "LARS":

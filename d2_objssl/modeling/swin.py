@@ -3,7 +3,7 @@
     H, W   an image, pixels
     M      MODEL.SWIN.WINDOW_SIZE: side of the windows in which cells attend to each other, cells
 
-             EMBED_DIM   DEPTHS          NUM_HEADS          parameters
+             EMBED_DIM   DEPTHS          NUM_HEADS          parameters (res5 is the only output)
     Swin-T    96         2, 2,  6, 2     3,  6, 12, 24       27.5M
     Swin-S    96         2, 2, 18, 2     3,  6, 12, 24       48.8M
     Swin-B   128         2, 2, 18, 2     4,  8, 16, 32       86.7M
@@ -13,7 +13,8 @@ Source: Liu et al., ICCV 2021. Parameters have Detectron2's names. Features are 
 
 * They are called res2 to res5 (strides 4 to 32; Detectron2: p0 to p3), as MODEL.FPN.IN_FEATURES expects them.
 * Where a whole map lies in one window (res5 of a 224-pixel view, with M 7), windows are not shifted. ImageNet's weights
-  were trained that way; Detectron2 would split that window into four. Larger maps: no difference.
+  were trained that way; Detectron2 would split that window into four. Larger maps: no difference. (Where a map is one
+  window high and several wide, Detectron2 and we shift in both directions, torchvision in one.)
 * Stochastic depth is torchvision's, because Detectron2's is timm's.
 """
 
