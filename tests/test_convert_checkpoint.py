@@ -200,6 +200,7 @@ NARROW = {"STEM_OUT_CHANNELS": 8, "RES2_OUT_CHANNELS": 16, "WIDTH_PER_GROUP": 4}
         pytest.param(18, {"WIDTH_MULTIPLIER": 2}, (128, 128, 128), marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_deep_and_wide_resnets_of_this_package(
     tool: ModuleType,
     tmp_path: Path,
@@ -230,6 +231,7 @@ def test_deep_and_wide_resnets_of_this_package(
 @pytest.mark.parametrize(
     ("depth", "widths"), [(101, {"groups": 4, "width_per_group": 4}), (152, {"width_per_group": 8})]
 )
+@pytest.mark.slow
 def test_deep_resnets_of_torchvision(
     tool: ModuleType,
     tmp_path: Path,

@@ -320,6 +320,7 @@ def load_at_once(dicts: list[dict[str, Any]], cache: str) -> int:
     return os.stat(os.path.join(cache, "tiny_pairs.npz")).st_mtime_ns
 
 
+@pytest.mark.slow
 def test_one_of_several_processes_measures(tmp_path: Path) -> None:
     dicts = write_labelled(tmp_path / "data")
     first, second = run_in_processes(load_at_once, dicts, str(tmp_path / "cache"))

@@ -479,6 +479,7 @@ def run_trainer(cfg: CfgNode) -> dict[int, Any]:
     return tiny_runs.train(cfg, seed=comm.get_rank())
 
 
+@pytest.mark.slow
 def test_trainer_in_two_processes(tmp_path: Path) -> None:
     """Two iterations of warm-up, which leave the heads as they are, and two with bootstrapped masks."""
     photos = tiny_runs.write_photos(tmp_path / "photos", 8)
