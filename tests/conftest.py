@@ -50,6 +50,20 @@ def test_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def reference_values() -> Callable[[str], Path]:
+    """Finds NAME.npz with values that released code computed, in D2_OBJSSL_REFERENCE_VALUES; skips where there is none."""
+    folder = Path(os.environ.get("D2_OBJSSL_REFERENCE_VALUES", REPO_ROOT / ".." / "shared" / "golden")).resolve()
+
+    def find(name: str) -> Path:
+        path = folder / f"{name}.npz"
+        if not path.is_file():
+            pytest.skip(f"no reference values in {path} (set D2_OBJSSL_REFERENCE_VALUES)")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
 def load_tool() -> Callable[[str], ModuleType]:
     """Imports `tools/<name>.py`: the folder is no package, and another `tools` may be installed."""
 

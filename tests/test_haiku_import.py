@@ -303,11 +303,8 @@ def one_block_per_stage(arrays: dict[str, Tensor]) -> ResNet:
 
 
 @pytest.mark.parametrize("parity", ["even", "odd"])
-def test_features_that_haiku_itself_computed(test_data: Path, parity: str) -> None:
-    path = test_data.parent / "golden" / "detcon_18_haiku_resnet_tiny.npz"
-    if not path.is_file():
-        pytest.skip(f"no features of haiku in {path.parent}")
-    content = load_checkpoint(path)
+def test_features_that_haiku_itself_computed(reference_values: Callable[[str], Path], parity: str) -> None:
+    content = load_checkpoint(reference_values("detcon_18_haiku_resnet_tiny"))
     assert detect_layout(content) == "haiku"
     model = one_block_per_stage({k: torch.as_tensor(v) for k, v in to_detectron2(content).items()})
     reference = HaikuResNet(unwrap_state_dict(content), backbone_prefix(content))

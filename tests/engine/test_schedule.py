@@ -2,7 +2,6 @@
 
 import logging
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -201,11 +200,8 @@ def test_one_cycle(optimizer):
         assert value == pytest.approx({"lr": lr, "momentum": momentum}, rel=1e-9), i
 
 
-def test_one_cycle_of_the_released_code():
-    folder = Path(__file__).resolve().parents[3] / "shared" / "golden"
-    if not folder.is_dir():
-        pytest.skip("no reference values")
-    arrays = np.load(folder / "semcl_16_schedules.npz")
+def test_one_cycle_of_the_released_code(reference_values):
+    arrays = np.load(reference_values("semcl_16_schedules"))
     total = int(arrays["total_steps"])
     warmup = round(total * float(arrays["pct_start"]))
     values = one_cycle(total, warmup, float(arrays["max_lr"]), torch.optim.AdamW)

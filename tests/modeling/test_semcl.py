@@ -6,6 +6,7 @@ N pairs, G pairs of all processes, V = 3 views, D dimensions.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +104,8 @@ def test_paired_logits_put_the_positive_first() -> None:
             assert logits[1, v, 1 + i].item() == pytest.approx(expected)
 
 
-@pytest.fixture(scope="module")
-def golden() -> Path:
-    folder = Path(__file__).resolve().parents[3] / "shared" / "golden"
-    if not folder.is_dir():
-        pytest.skip("no reference values")
-    return folder
-
-
-def test_losses_of_the_released_code(golden: Path) -> None:
-    arrays = np.load(golden / "semcl_15_paired_infonce.npz")
+def test_losses_of_the_released_code(reference_values: Callable[[str], Path]) -> None:
+    arrays = np.load(reference_values("semcl_15_paired_infonce"))
     names = ("q_anchor", "q_nanchor", "k_anchor", "k_nanchor")
     qa, qn, ka, kn = (torch.from_numpy(arrays[k]).double() for k in names)
     qa, qn = qa.requires_grad_(), qn.requires_grad_()
@@ -130,9 +123,9 @@ def test_losses_of_the_released_code(golden: Path) -> None:
             torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_momentum_of_the_released_code(golden: Path) -> None:
+def test_momentum_of_the_released_code(reference_values: Callable[[str], Path]) -> None:
     """There the cosine is one of whole epochs, here of the run; the formula is the same."""
-    arrays = np.load(golden / "semcl_16_schedules.npz")
+    arrays = np.load(reference_values("semcl_16_schedules"))
     total = int(arrays["epochs"]) * int(arrays["iters_per_epoch"])
     ours = [ema_momentum(k, total, float(arrays["moco_m"])) for k in range(len(arrays["momentum"]))]
     np.testing.assert_allclose(ours, arrays["momentum"], rtol=1e-12)
