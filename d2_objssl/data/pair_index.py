@@ -11,22 +11,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import multiprocessing
 import os
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import file_lock
 from PIL import Image
 
+from ..parallel import map_in_processes
 from ..weight_files import write_atomically
 from .ground_truth import check_same_size, paint_objects, read_label_map, shape_of
 
@@ -155,7 +153,9 @@ def _read(path: str, digest: str) -> PairIndex | None:
 def _measure_all(dataset_dicts: Sequence[dict[str, Any]], labels: LabelSet, num_workers: int) -> PairIndex:
     measure = functools.partial(measure_image, labels=labels)
     images, rows = [], []
-    for i, shares in enumerate(_track(_map(measure, dataset_dicts, num_workers), len(dataset_dicts), labels.name)):
+    for i, shares in enumerate(
+        _track(map_in_processes(measure, dataset_dicts, num_workers, chunk_size=32), len(dataset_dicts), labels.name)
+    ):
         images += [i] * len(shares)
         rows += shares
     return PairIndex(
@@ -164,19 +164,6 @@ def _measure_all(dataset_dicts: Sequence[dict[str, Any]], labels: LabelSet, num_
         is_instance=np.array([is_instance for is_instance, _, _ in rows], dtype=bool),
         shares=np.array([share for _, _, share in rows], dtype=np.float64),
     )
-
-
-def _map(
-    measure: Callable[[dict[str, Any]], list[ClassShare]], dataset_dicts: Sequence[dict[str, Any]], num_workers: int
-) -> Iterator[list[ClassShare]]:
-    """Apply `measure` to every image, in order, in this process or in `num_workers` others."""
-    if num_workers <= 1:
-        yield from map(measure, dataset_dicts)
-        return
-    # Not "fork", which copies the locks of OpenCV's threads but not the threads.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-        yield from pool.map(measure, dataset_dicts, chunksize=32)
 
 
 def _track(results: Iterable[list[ClassShare]], total: int, name: str) -> Iterator[list[ClassShare]]:

@@ -22,12 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
-import torch
 from iopath.common.file_io import file_lock
 from tqdm import tqdm
 
+from ..parallel import use_one_thread
 from .image_reading import read_rgb_image
 from .region_files import ENTRIES, INDEX, MapEntry, MapSettings, file_bytes, read_entries
 from .region_keys import image_files_by_key
@@ -209,8 +208,7 @@ def _init_worker(maker: _MapMaker) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process gets it as well, and ends the workers
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
+    use_one_thread()
     _worker = maker, maker.open()
 
 

@@ -218,9 +218,9 @@ def build_bootstrap_hooks(trainer: Any) -> list[HookBase]:
     maker = MaskMaker(
         build_clusterer=build_clusterer,
         images_per_clustering=settings.IMAGES_PER_CLUSTERING,
-        dataset=loader.loader.dataset.dataset,
+        dataset=loader.dataset.dataset,
         dataset_names=list(cfg.DATASETS.TRAIN),
         max_unreadable=cfg.DATALOADER.MAX_BAD_IMAGES,
     )
-    report = MaskReport(dataset=loader.loader.dataset.dataset, dataset_names=list(cfg.DATASETS.TRAIN))
+    report = MaskReport(dataset=loader.dataset.dataset, dataset_names=list(cfg.DATASETS.TRAIN))
     return [phases, MaskBootstrap(maker=maker, report=report, starts=starts, folder=folder)]

@@ -12,22 +12,19 @@ on the regions transfers. Crowd annotations are left out, as groups are no insta
 
 from __future__ import annotations
 
-import multiprocessing
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import cv2
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from ..data.ground_truth import check_same_size, object_mask, shape_of
 from ..data.image_reading import read_rgb_image
 from ..data.region_maps import RegionSource
+from ..parallel import map_in_processes
 from ..proposals import resize_regions
 from ..structures import MAX_OVERLAPPING
 
@@ -164,7 +161,8 @@ def evaluate_sources(
         raise ValueError("There is no image to evaluate regions on")
     qualities = {name: RegionQuality() for name in sources}
     seconds = dict.fromkeys(sources, 0.0)
-    measured = _map(partial(_measure, sources=list(sources.values())), dataset_dicts, num_workers)
+    measure = partial(_measure, sources=list(sources.values()))
+    measured = map_in_processes(measure, dataset_dicts, num_workers, chunk_size=_IMAGES_PER_TASK)
     for results in tqdm(measured, total=len(dataset_dicts), unit="image", disable=not progress):
         for name, (quality, duration) in zip(sources, results, strict=True):
             qualities[name].merge(quality)
@@ -189,19 +187,3 @@ def _measure(dataset_dict: dict[str, Any], sources: Sequence[RegionSource]) -> l
         quality.update(region_map, gt_masks, overlapping=source.overlapping)
         results.append((quality, duration))
     return results
-
-
-def _map(measure: partial[Any], dataset_dicts: Sequence[dict[str, Any]], num_workers: int) -> Iterator[Any]:
-    """Apply `measure` to every image, in order, in this process or in `num_workers` others."""
-    if num_workers <= 1:
-        yield from map(measure, dataset_dicts)
-        return
-    # Not "fork", which copies the locks of OpenCV's threads but not the threads.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, initializer=_init_worker) as pool:
-        yield from pool.map(measure, dataset_dicts, chunksize=_IMAGES_PER_TASK)
-
-
-def _init_worker() -> None:
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
