@@ -7,7 +7,7 @@ An image is (H, W, 3) uint8 RGB. A region map is (H, W) int32 with the id of eac
 bit set is (H, W) int32 with bit r set where region r covers the pixel, for regions that overlap: at most MAX_OVERLAPPING
 of them, best first. Boxes are (R, 4) XYXY_ABS, continuous coordinates.
 
-Source: DetCon, section 4.1 (grid, Felzenszwalb-Huttenlocher, ranked proposals); CYBORGS, section 3.3 (k-means), figure 5a
+Source: DetCon, section 3.2 (grid, Felzenszwalb-Huttenlocher, ranked proposals); CYBORGS, section 3.3 (k-means), figure 5a
 (selective search). Deviations:
 
 * Selective search has no scores, and OpenCV orders its boxes by C's rand(). Here the best are those on which most of its
