@@ -102,6 +102,8 @@ def _add_region_method_config(ssl: CN) -> None:
 
 
 def _add_input_config(cfg: CN) -> None:
+    # Of fine-tuning and its tests: "detectron2" (built from Detectron2's own keys) or a name of AUGMENTATION_REGISTRY.
+    cfg.INPUT.AUGMENTATION = "detectron2"
     ssl = cfg.INPUT.SSL = CN()
     # Number of augmented views of an image, or of a pair (INPUT.PAIRS): then half of them show the object, half its
     # surroundings. 0: the mapper is Detectron2's DatasetMapper, for fine-tuning.

@@ -12,6 +12,7 @@ from d2_objssl.data.region_files import MapSettings
 from d2_objssl.data.region_keys import assign_region_keys, find_image_roots
 from d2_objssl.data.region_maps import FelzenszwalbRegions, GridRegions, SelectiveSearchRegions
 from d2_objssl.data.region_writer import RegionWriter, begin_maps, finish_maps
+from d2_objssl.evaluation.commands import regions
 from d2_objssl.proposals import grid_regions
 from d2_objssl.structures import MAX_OVERLAPPING
 
@@ -100,7 +101,7 @@ def test_label_maps_as_regions_ignore_what_the_data_set_ignores(tool, tmp_path, 
     ],
 )
 def test_source_of_a_word(tool, spec, kind, settings):
-    source = tool.parse_source(spec)
+    source = regions.parse_source(spec)
     assert type(source) is kind and {k: getattr(source, k) for k in settings} == settings
 
 
@@ -152,7 +153,7 @@ def test_outlines_of_overlapping_regions(tool):
     bits = np.zeros((40, 40), np.int32)
     bits[5:30, 5:30] |= 1
     bits[10:35, 10:35] |= 1 << 15
-    drawn = tool.outline_regions(image, bits)
+    drawn = regions.outline_regions(image, bits)
     colors = {tuple(c) for c in drawn.reshape(-1, 3).tolist()}
     assert len(colors) == 3 and not image.any()
     assert tuple(drawn[5, 15]) != tuple(drawn[34, 20]) and (drawn[20, 20] == 0).all()

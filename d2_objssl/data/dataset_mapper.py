@@ -14,6 +14,7 @@ from fvcore.transforms.transform import NoOpTransform, Transform, TransformList
 
 from ..geometry import image_to_view
 from .augmentation import FastHFlipTransform, ResizedCropTransform, build_view_augmentations, sample_crop_boxes
+from .finetune_augmentation import build_augmentation
 from .image_reading import read_rgb_image
 from .region_maps import RegionSource, build_region_source, limit_region_ids
 
@@ -84,7 +85,10 @@ class ObjSSLDatasetMapper(DatasetMapper):
         ssl = cfg.INPUT.SSL
         num_views = ssl.NUM_VIEWS if is_train else 0
         if num_views == 0:
-            return super().from_config(cfg, is_train)
+            args = super().from_config(cfg, is_train)
+            if cfg.INPUT.AUGMENTATION != "detectron2":
+                args |= build_augmentation(cfg, is_train)
+            return args
         if cfg.INPUT.FORMAT != "RGB":
             raise ValueError(f'INPUT.FORMAT is "{cfg.INPUT.FORMAT}"; pretraining works on RGB')
         return {

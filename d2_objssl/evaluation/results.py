@@ -1,7 +1,20 @@
-"""Records of what was run: numbers travel with the command, the seed, the versions and the hardware that made them."""
+"""Records of what was run: numbers travel with the command, the seed, the versions and the hardware that made them.
+
+A record of an evaluation, one JSON file each, has beside `environment()`:
+
+    task         what was evaluated, e.g. "detection", "semantic segmentation", "unsupervised segmentation"
+    dataset      the catalog name of what it was evaluated on
+    metrics      name -> number, e.g. {"bbox/AP": 41.0}; percentages as papers print them
+    weights      `weights_identity`; None: random initialisation
+    config       `config_identity`; None: the task has no config
+    seed         an integer, or None
+    precision    "float32", "bfloat16", "float16"
+    wall_time_s  seconds
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -14,6 +27,7 @@ from typing import Any
 
 import cv2
 import torch
+from detectron2.config import CfgNode
 
 import d2_objssl
 
@@ -51,6 +65,32 @@ def _cpu_name() -> str:
             return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def weights_identity(path: str) -> dict[str, str] | None:
+    """File name, and SHA-256 of the content, of a file of weights; None for "", random initialisation.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if not path:
+        return None
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(2**20):
+            digest.update(chunk)
+    return {"file": os.path.basename(path), "sha256": digest.hexdigest()}
+
+
+def config_identity(cfg: CfgNode, config_file: str = "") -> dict[str, str]:
+    """Path of the config file as it was given, and SHA-256 of the settings that decide about numbers.
+
+    OUTPUT_DIR, MODEL.WEIGHTS and SEED are left out of the hash: the first says nothing, the others have fields of their own.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, cfg.SEED = "", "", -1
+    return {"file": config_file, "sha256": hashlib.sha256(cfg.dump(sort_keys=True).encode()).hexdigest()}
 
 
 def write_record(path: str | Path, record: dict[str, Any]) -> None:
