@@ -8,6 +8,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 TEST_ARGS ?=
+# Processes that share the tests.
+TEST_JOBS ?= 2
 
 # This checkout comes before another one that VENV may have installed.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -45,10 +47,10 @@ demo: env ## Pretrain, fine-tune and draw on made-up scenes; writes output/demo
 	$(RUN) tools/demo.py
 
 test: env ## Run the fast tests; more options in TEST_ARGS="..."
-	$(RUN) -m pytest $(TEST_ARGS)
+	$(RUN) -m pytest -n $(TEST_JOBS) --dist worksteal $(TEST_ARGS)
 
 test-slow: env ## Run all tests, the slow ones too
-	$(RUN) -m pytest --runslow $(TEST_ARGS)
+	$(RUN) -m pytest -n $(TEST_JOBS) --dist worksteal --runslow $(TEST_ARGS)
 
 check: lint types ## What CI checks beside the tests: ruff check, ruff format --check, mypy
 

@@ -48,6 +48,6 @@ setup(
         "timm": ["timm>=1.0"],  # what conversions of Swin Transformers are compared with
         # Score-CAM. grad-cam has it, too, but its opencv-python-headless overwrites the cv2 of the list above.
         "attention": ['torchcam>=0.5,<0.6; python_version >= "3.11"'],
-        "dev": ["pytest>=8", "ruff", "mypy", "pre-commit>=4"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff", "mypy", "pre-commit>=4"],
     },
 )

@@ -25,7 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["DETECTRON2_DATASETS"] = datasets.name
     # Tools and ranks started as processes of their own import this checkout, as the tests themselves do.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO_ROOT), os.environ.get("PYTHONPATH")]))
-    torch.set_num_threads(min(2, torch.get_num_threads()))  # get_num_threads: honours OMP_NUM_THREADS
+    threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+    torch.set_num_threads(min(threads, torch.get_num_threads()))  # get_num_threads: honours OMP_NUM_THREADS
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
