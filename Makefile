@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow check lint types format clean
+.PHONY: help env demo test test-slow bench check lint types format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -51,6 +51,9 @@ test: env ## Run the fast tests; more options in TEST_ARGS="..."
 
 test-slow: env ## Run all tests, the slow ones too
 	$(RUN) -m pytest -n $(TEST_JOBS) --dist worksteal --runslow $(TEST_ARGS)
+
+bench: env ## Speed of every stage against the plain way, in short (10 minutes)
+	$(RUN) benchmarks/speed.py all --quick
 
 check: lint types ## What CI checks beside the tests: ruff check, ruff format --check, mypy
 

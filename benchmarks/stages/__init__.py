@@ -1,0 +1,14 @@
+"""The subcommands of speed.py: one module each, with SUMMARY, add_arguments(parser) and run(args) -> Measurement.
+
+`args` has repeats, seed and quick beside the module's own; with `quick` a stage takes a minute at most.
+"""
+
+from types import ModuleType
+
+from . import data
+
+STAGES: dict[str, ModuleType] = {
+    "data": data,
+}
+
+__all__ = ["STAGES"]
