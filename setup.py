@@ -44,6 +44,8 @@ setup(
         "faiss": ["faiss-cpu>=1.8"],
         "gpu": ["faiss-gpu>=1.14.3"],  # instead of `faiss`: both install the module faiss
         "fast-eval": ["faster-coco-eval>=1.8"],
+        "fast-masks": ["numba>=0.60"],  # Felzenszwalb's segmentation, compiled
+        "probes": ["scikit-learn>=1.3"],  # linear support vector machines
         "safetensors": ["safetensors>=0.4"],
         "timm": ["timm>=1.0"],  # what conversions of Swin Transformers are compared with
         # Score-CAM. grad-cam has it, too, but its opencv-python-headless overwrites the cv2 of the list above.

@@ -3,7 +3,8 @@
 
 Pretrains each method, converts the checkpoint, fine-tunes, and does the same from random initialisation; for every seed.
 Tasks: "scenes", pretraining on 2,000 generated scenes, Mask R-CNN on 100 other, labelled ones; "camvid", pretraining and
-semantic segmentation on CamVid's training images (in DETECTRON2_DATASETS/camvid).
+semantic segmentation on CamVid's training images (in DETECTRON2_DATASETS/camvid); "bccd", pretraining and Faster R-CNN on
+BCCD's training images (in DETECTRON2_DATASETS/bccd). --fractions says with which parts of the labels.
 
 The row "byol" is DetCon-B with the whole image as its only region. Two rows are not self-supervised: "detcon_gt" sees the
 true masks of the scenes that it is pretrained on, "semcl" label maps. Writes a table, curves and a JSON record. Runs of an
@@ -12,34 +13,33 @@ earlier call in the same --output folder that finished are not repeated, interru
 Example:
     python benchmarks/transfer.py --methods random slotcon --seeds 0 1 2 --output output/transfer \\
         --record benchmarks/results/transfer_scenes.json
+    python benchmarks/transfer.py --task bccd --methods random detcon_grid --seeds 0 1 --fractions 0.1 1 \\
+        --output output/transfer_bccd --record benchmarks/results/transfer_bccd.json
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import shlex
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog
+from runs import Run, conversion, execute, training
+from seed_statistics import format_seeds, mean_and_error
 from tabulate import tabulate
 
 import d2_objssl  # noqa: F401  (registers the scenes)
 from d2_objssl.evaluation.results import write_record
 from d2_objssl.visualization import plot_curves
 
-ROOT = Path(__file__).resolve().parent.parent
 _DETCON = "configs/quick/detcon_b_R_18_scenes.yaml"
-# Method -> pretraining config and overrides; None: random initialisation.
+# Method -> pretraining config and overrides; None: random initialisation. A task may have other ones.
 METHODS: dict[str, tuple[str, list[str]] | None] = {
     "random": None,
     "slotcon": ("configs/quick/slotcon_R_18_scenes.yaml", []),
@@ -62,6 +62,7 @@ class Task:
         pretrain_opts: overrides of every method's config.
         finetune_config: the config file.
         metrics: name in metrics.json -> name in the table; the first one is drawn.
+        methods: method -> pretraining config and overrides, where they are not those of `METHODS`.
     """
 
     summary: str
@@ -69,6 +70,11 @@ class Task:
     pretrain_opts: tuple[str, ...]
     finetune_config: str
     metrics: dict[str, str]
+    methods: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
+
+    def pretraining(self, method: str) -> tuple[str, list[str]] | None:
+        """Config and overrides of a method; None: random initialisation."""
+        return self.methods.get(method) or METHODS[method]
 
 
 TASKS = {
@@ -86,133 +92,60 @@ TASKS = {
         finetune_config="configs/quick/sem_seg_R_18_FPN_camvid.yaml",
         metrics={"sem_seg/mIoU": "mIoU", "sem_seg/pACC": "pixel accuracy"},
     ),
+    "bccd": Task(
+        summary="Faster R-CNN R18-FPN on bccd_train (205 images), AP on bccd_test (72 images)",
+        datasets=("bccd_train", "bccd_test"),
+        pretrain_opts=("DATASETS.TRAIN", "('bccd_train',)"),
+        finetune_config="configs/quick/faster_rcnn_R_18_FPN_bccd.yaml",
+        metrics={"bbox/AP": "box AP", "bbox/AP50": "AP50", "bbox/AP75": "AP75"},
+        methods={
+            "slotcon": ("configs/quick/slotcon_R_18_bccd.yaml", []),
+            "detcon_grid": ("configs/quick/detcon_b_R_18_bccd.yaml", []),
+        },
+    ),
 }
-
-
-@dataclass
-class Run:
-    """One call of tools/train_net.py."""
-
-    name: str
-    config: str
-    output: Path
-    overrides: list[str]
-
-    def command(self) -> list[str]:
-        """The command that starts it, or goes on with it."""
-        return [
-            sys.executable,
-            str(ROOT / "tools/train_net.py"),
-            "--resume",
-            "--config-file",
-            str(ROOT / self.config),
-            "OUTPUT_DIR",
-            str(self.output),
-            *self.overrides,
-        ]
-
-    def metrics(self) -> list[dict[str, float]]:
-        """Rows of metrics.json, by iteration."""
-        path = self.output / "metrics.json"
-        lines = path.read_text().splitlines() if path.exists() else []
-        rows = {}
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # the last line, if the run is being written or was killed
-                continue
-            rows[row["iteration"]] = row
-        return [rows[i] for i in sorted(rows)]
-
-
-def environment_of(threads: int) -> dict[str, str]:
-    """Environment of a process with that many CPU threads, which imports this checkout."""
-    path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
-    return os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
-
-
-def execute(run: Run, threads: int) -> None:
-    """Run to the end unless that was done before; show progress once in a while.
-
-    Raises:
-        SystemExit: if the command fails, with the end of its log, or if another command began in the same folder.
-    """
-    command = run.command()
-    begun = run.output / "command.txt"
-    if begun.exists() and begun.read_text() != shlex.join(command[1:]):
-        raise SystemExit(f"{run.output} belongs to another command (see {begun}); choose another --output or delete it")
-    if (run.output / "done").exists():
-        print(f"[{run.name}] done before: {run.output}", flush=True)
-        return
-    run.output.mkdir(parents=True, exist_ok=True)
-    begun.write_text(shlex.join(command[1:]))
-    print(f"[{run.name}] {shlex.join(command[1:])}", flush=True)
-    start = last = time.time()
-    with open(run.output / "stdout.txt", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment_of(threads))
-        try:
-            while process.poll() is None:
-                time.sleep(0.5)
-                if time.time() - last > 20:
-                    last = time.time()
-                    rows = [r for r in run.metrics() if "total_loss" in r]
-                    if rows:
-                        row, eta = rows[-1], f"{rows[-1].get('eta_seconds', 0):.0f} s to go"
-                        print(
-                            f"[{run.name}] iteration {row['iteration'] + 1}, loss {row['total_loss']:.3f}, {eta}",
-                            flush=True,
-                        )
-        finally:
-            if process.poll() is None:
-                process.terminate()
-    if process.returncode != 0:
-        tail = "\n".join((run.output / "stdout.txt").read_text(errors="replace").splitlines()[-30:])
-        raise SystemExit(
-            f"[{run.name}] failed with status {process.returncode}; end of {run.output}/stdout.txt:\n{tail}"
-        )
-    (run.output / "done").touch()
-    print(f"[{run.name}] finished in {time.time() - start:.0f} s", flush=True)
 
 
 def pretrain(method: str, seed: int, args: argparse.Namespace, threads: int) -> str:
     """Pretrain and convert; returns the path of the Detectron2 weights, "" for random initialisation."""
-    setting = METHODS[method]
+    setting = TASKS[args.task].pretraining(method)
     if setting is None:
         return ""
     config, overrides = setting
     output = args.output / f"pretrain_{method}_seed{seed}"
     overrides = ["SEED", str(seed), *TASKS[args.task].pretrain_opts, *overrides, *args.pretrain_opts]
-    run = Run(f"pretrain {method} seed {seed}", config, output, overrides)
+    run = training(f"pretrain {method} seed {seed}", config, output, overrides)
     execute(run, threads)
-    weights = output / "backbone.pkl"
-    if not weights.exists():
-        convert = [
-            sys.executable,
-            str(ROOT / "tools/convert_checkpoint.py"),
-            str(output / "model_final.pth"),
-            str(weights),
-            "--verify",
-        ]
-        print(f"[convert] {shlex.join(convert[1:])}", flush=True)
-        subprocess.run(convert, check=True, env=environment_of(threads))
+    convert, weights = conversion(run)
+    execute(convert, threads)
     return str(weights)
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error of the mean; the latter is NaN for a single value."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.mean(values), error
+def finetunings(args: argparse.Namespace, weights: dict[tuple[str, int], str]) -> dict[str, list[Run]]:
+    """Initialisation, with the part of the labels unless that is all -> the runs of the seeds.
 
-
-def _format(values: list[float]) -> str:
-    mean, error = mean_and_error(values)
-    return f"{mean:.1f}" if math.isnan(error) else f"{mean:.1f} ± {error:.1f}"
+    Args:
+        args: of the command line.
+        weights: (method, seed) -> the file that it starts from.
+    """
+    runs: dict[str, list[Run]] = {}
+    for fraction in args.fractions:
+        for (method, seed), path in weights.items():
+            label, folder, overrides = method, f"finetune_{method}_seed{seed}", ["SEED", str(seed)]
+            if fraction != 1:
+                label, folder = f"{method}, {fraction:.0%} of the labels", f"{folder}_{fraction:g}"
+                overrides += ["DATASETS.TRAIN_FRACTION", str(fraction)]
+            overrides += ["TEST.EVAL_PERIOD", str(args.eval_period), "MODEL.WEIGHTS", path, *args.finetune_opts]
+            name = f"fine-tune from {label}, seed {seed}"
+            run = training(name, TASKS[args.task].finetune_config, args.output / folder, overrides)
+            runs.setdefault(label, []).append(run)
+    return runs
 
 
 def compare(
     runs: dict[str, list[Run]], eval_period: int, metrics: Sequence[str]
 ) -> tuple[list[list[str]], dict[str, dict[str, dict[str, list[float]]]]]:
-    """Rows of the table, and method -> metric -> iteration -> values of the seeds."""
+    """Rows of the table, and initialisation -> metric -> iteration -> values of the seeds."""
     curves: dict[str, dict[str, dict[str, list[float]]]] = {}
     for method, seeds in runs.items():
         for run in seeds:
@@ -232,8 +165,8 @@ def compare(
         rows.append(
             [
                 method,
-                *(_format(by_metric[metric][final]) for metric in metrics),
-                _format(main_metric[halfway[0]]) if halfway else "",
+                *(format_seeds(by_metric[metric][final]) for metric in metrics),
+                format_seeds(main_metric[halfway[0]]) if halfway else "",
                 " / ".join(f"{v:.1f}" for v in main_metric[final]),
             ]
         )
@@ -246,6 +179,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--task", choices=list(TASKS), default="scenes")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["random", "slotcon"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of pretraining and fine-tuning alike")
+    text = "parts of the labelled images, in (0, 1]; each has the same number of iterations (default: all images)"
+    parser.add_argument("--fractions", nargs="+", type=float, default=[1.0], metavar="F", help=text)
     parser.add_argument("--output", type=Path, default=Path("output/transfer"))
     parser.add_argument("--record", type=Path, help="JSON file for the result")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads in all")
@@ -259,23 +194,18 @@ def main(argv: list[str] | None = None) -> int:
         DatasetCatalog.get(name)
 
     pairs = [(method, seed) for seed in args.seeds for method in args.methods]
-    num_pretrained = sum(METHODS[method] is not None for method, _ in pairs)
+    num_pretrained = sum(task.pretraining(method) is not None for method, _ in pairs)
     # Two processes with one thread each use two cores better than one process with two.
     threads_each = max(args.threads // max(num_pretrained, 1), 1)
     with ThreadPoolExecutor(args.threads) as pool:
         weights = dict(zip(pairs, pool.map(lambda pair: pretrain(*pair, args, threads_each), pairs), strict=True))
-        runs: dict[str, list[Run]] = {method: [] for method in args.methods}
-        for method, seed in pairs:
-            overrides = ["SEED", str(seed), "TEST.EVAL_PERIOD", str(args.eval_period), "MODEL.WEIGHTS"]
-            overrides += [weights[method, seed], *args.finetune_opts]
-            output = args.output / f"finetune_{method}_seed{seed}"
-            runs[method].append(Run(f"fine-tune from {method} seed {seed}", task.finetune_config, output, overrides))
+        runs = finetunings(args, weights)
         jobs = [run for seed_runs in zip(*runs.values(), strict=True) for run in seed_runs]
         list(pool.map(lambda run: execute(run, 1), jobs))
 
     rows, curves = compare(runs, args.eval_period, list(task.metrics))
-    first, second = task.metrics.values()
-    headers = ["initialisation", first, second, f"{first} halfway", f"{first} of each seed"]
+    first = next(iter(task.metrics.values()))
+    headers = ["initialisation", *task.metrics.values(), f"{first} halfway", f"{first} of each seed"]
     table = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
     print(f"\n{task.summary}; equal schedule, {len(args.seeds)} seed(s)\n\n{table}\n")
     (args.output / "table.md").write_text(table + "\n")
@@ -298,12 +228,13 @@ def main(argv: list[str] | None = None) -> int:
             args.record,
             {
                 "task": task.summary,
-                "pretrain_configs": {m: setting[0] if (setting := METHODS[m]) else None for m in args.methods},
-                "method_opts": {m: setting[1] for m in args.methods if (setting := METHODS[m])},
+                "pretrain_configs": {m: setting[0] if (setting := task.pretraining(m)) else None for m in args.methods},
+                "method_opts": {m: setting[1] for m in args.methods if (setting := task.pretraining(m))},
                 "finetune_config": task.finetune_config,
                 "task_opts": list(task.pretrain_opts),
                 "pretrain_opts": args.pretrain_opts,
                 "finetune_opts": args.finetune_opts,
+                "fractions": args.fractions,
                 "seeds": args.seeds,
                 "results": curves,
                 "wall_time_s": round(time.time() - start),

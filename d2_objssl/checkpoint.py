@@ -64,6 +64,7 @@ __all__ = [
     "input_contract",
     "load_checkpoint",
     "to_detectron2",
+    "training_of",
     "unwrap_state_dict",
     "write_atomically",
     "write_checkpoint",
@@ -91,6 +92,24 @@ def checkpoint_metadata(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
+def training_of(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How the content of a checkpoint was trained; None if it does not tell.
+
+    Returns:
+        method (MODEL.SSL.METHOD; None for fine-tuning), branch ("student", "teacher"; None for fine-tuning), config
+        (`evaluation.results.config_identity`), num_images (that it was trained on), max_iter (length of the run), iterations
+        (of them done), weights (`evaluation.results.weights_identity` of what it started from).
+    """
+    metadata = checkpoint.get("d2_objssl") or {}
+    training = metadata.get("training")
+    if training is None:
+        return None
+    training = {**training, "branch": metadata.get("export_branch")}
+    if "iterations" not in training:  # a converted file has it
+        training["iterations"] = checkpoint.get("iteration", -1) + 1
+    return training
+
+
 class ObjSSLCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer with safe loading, conversion of names, a load guard and atomic saving.
 
@@ -100,7 +119,8 @@ class ObjSSLCheckpointer(DetectionCheckpointer):
     Detectron2 or Caffe2 zoo, a fine-tuned model. A backbone goes to every place where the model has one: an ObjectSSL
     model's student and teacher, `backbone.bottom_up`, `backbone`, a C4 model's `roi_heads.res5`.
 
-    When resuming, everything must load; a damaged last checkpoint is passed over for the newest readable one before it.
+    When resuming, everything must load; a last checkpoint that is damaged, or is none of a run, is passed over for the newest
+    one before it.
     """
 
     def __init__(
@@ -183,12 +203,13 @@ class ObjSSLCheckpointer(DetectionCheckpointer):
         Raises:
             CheckpointError: if there are checkpoints to resume from and none of them can be read.
         """
-        if not (resume and self.has_checkpoint()):
+        candidates = self._resume_candidates() if resume else []
+        if not candidates:
             return self.load(path, checkpointables=[], require=require)
         failures = []
-        for candidate in self._resume_candidates():
+        for candidate in candidates:
             try:
-                checkpoint = self._load_file(candidate, mmap=False)
+                checkpoint = self._load_run(candidate)
             except CheckpointError as error:
                 self.logger.warning("Cannot resume from the checkpoint %s", error)
                 failures.append(str(error))
@@ -201,16 +222,40 @@ class ObjSSLCheckpointer(DetectionCheckpointer):
             f"no checkpoint in {self.save_dir} can be read:\n  {listed}\nRestore one, or start again without --resume"
         )
 
-    def _resume_candidates(self) -> list[str]:
-        """The last checkpoint, then the periodic ones before it, from the newest to the oldest."""
-        last = self.get_checkpoint_file()
+    def has_checkpoint(self) -> bool:
+        """Whether there is anything to resume from: a file `last_checkpoint`, or checkpoints without it."""
+        return bool(self._resume_candidates())
+
+    def periodic_checkpoints(self) -> dict[str, int]:
+        """Paths of the files `model_0000000.pth` in the folder, and their iterations, from the oldest to the newest."""
         iterations = {}
-        for file in os.listdir(self.save_dir):
+        for file in os.listdir(self.save_dir) if os.path.isdir(self.save_dir) else []:
             if match := re.fullmatch(r"model_(\d+)\.pth", file):
                 iterations[os.path.join(self.save_dir, file)] = int(match[1])
+        return dict(sorted(iterations.items(), key=lambda item: item[1]))
+
+    def _resume_candidates(self) -> list[str]:
+        """The last checkpoint, then the periodic ones before it, from the newest to the oldest."""
+        iterations = self.periodic_checkpoints()
+        if not super().has_checkpoint():
+            if iterations:
+                self.logger.warning("%s has checkpoints, but no file last_checkpoint: the newest counts", self.save_dir)
+            return list(iterations)[::-1]
+        last = self.get_checkpoint_file()
         # "model_final", or whatever a damaged `last_checkpoint` says, comes after all of them.
         newest = iterations.pop(last, math.inf)
-        return [last, *sorted((p for p, i in iterations.items() if i < newest), key=iterations.__getitem__)[::-1]]
+        return [last, *[path for path, iteration in iterations.items() if iteration < newest][::-1]]
+
+    def _load_run(self, path: str) -> dict[str, Any]:
+        """As `_load_file`, for a file to resume from.
+
+        Raises:
+            CheckpointError: also if it holds weights, but not the state of a run.
+        """
+        checkpoint = self._load_file(path, mmap=False)
+        if missing := [key for key in self.checkpointables if key not in checkpoint]:
+            raise CheckpointError(f"{path}: it has no {', '.join(missing)}, so it is not the checkpoint of a run")
+        return checkpoint
 
     def _load_file(self, filename: str, *, mmap: bool = True) -> dict[str, Any]:
         """Read a file as a dict with "model", a dict of tensors, and what else it has."""

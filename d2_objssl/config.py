@@ -8,6 +8,10 @@ def add_objssl_config(cfg: CN) -> None:
     _add_model_config(cfg)
     _add_input_config(cfg)
     _add_solver_config(cfg)
+    _add_sem_seg_config(cfg)
+    _add_detection_config(cfg)
+    _add_label_config(cfg)
+    _add_classification_config(cfg)
 
 
 def _add_model_config(cfg: CN) -> None:
@@ -171,3 +175,65 @@ def _add_solver_config(cfg: CN) -> None:
 
     # Unreadable images are replaced by others and counted. More than this share of the images seen stops the run.
     cfg.DATALOADER.MAX_BAD_IMAGES = 0.05
+
+
+def _add_detection_config(cfg: CN) -> None:
+    # A data set that does not have the number of images that is known of it: True: an error. False: a warning.
+    cfg.DATASETS.REQUIRE_COMPLETE = False
+
+    # INPUT.AUGMENTATION "large_scale_jitter".
+    lsj = cfg.INPUT.LSJ = CN()
+    lsj.IMAGE_SIZE = 1024  # side of the training images, and longest side of the test images, pixels
+    # Range of the longest side before the image is cropped or padded, as a share of IMAGE_SIZE.
+    lsj.MIN_SCALE = 0.8
+    lsj.MAX_SCALE = 1.25
+
+
+def _add_label_config(cfg: CN) -> None:
+    # Fine-tuning with few labels: the part of the images of DATASETS.TRAIN that is used, in (0, 1]. Pretraining uses all.
+    cfg.DATASETS.TRAIN_FRACTION = 1.0
+    cfg.DATASETS.TRAIN_FRACTION_SEED = 0  # chooses the images, whatever SEED is
+
+
+def _add_classification_config(cfg: CN) -> None:
+    classifier = cfg.MODEL.CLASSIFIER = CN()  # used by MODEL.META_ARCHITECTURE "ImageClassifier" alone
+    classifier.NUM_CLASSES = 0  # 0: as many as DATASETS have
+    classifier.IN_FEATURE = "res5"  # the feature of the backbone that is average-pooled
+
+    # Used by INPUT.AUGMENTATION "classification". Training: a random crop, resized to CROP_SIZE, and a flip.
+    images = cfg.INPUT.CLASSIFICATION = CN()
+    images.CROP_SIZE = 224  # side of what the network sees, pixels
+    images.CROP_SCALE = (0.08, 1.0)  # area of a crop, as a share of the image's
+    images.CROP_RATIO = (3.0 / 4.0, 4.0 / 3.0)  # width / height of a crop
+    images.FLIP_PROB = 0.5
+    images.TEST_SHORT_SIDE = 256  # pixels; then the central CROP_SIZE x CROP_SIZE is cut out
+
+    # The learning rate of what is not the backbone, the head, is this times that of the backbone, BASE_LR.
+    cfg.SOLVER.HEAD_LR_FACTOR = 1.0
+
+
+def _add_sem_seg_config(cfg: CN) -> None:
+    # With build_objssl_resnet_backbone: 2 keeps the resolution of res3 in res4; RES5_DILATION is then 4, and the stride 8.
+    cfg.MODEL.RESNETS.RES4_DILATION = 1
+
+    # Used by MODEL.SEM_SEG_HEAD.NAME "FCNHead", beside CONVS_DIM, NORM, NUM_CLASSES, IGNORE_VALUE and LOSS_WEIGHT. Its
+    # IN_FEATURES is one feature, whose stride COMMON_STRIDE must be.
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CONVS = 2  # 3x3 convolutions before the 1x1 classifier; 0: a linear head
+    cfg.MODEL.SEM_SEG_HEAD.DILATION = 1  # of these convolutions
+
+    # Used by INPUT.AUGMENTATION "sem_seg".
+    sem_seg = cfg.INPUT.SEM_SEG = CN()
+    # Shorter side of an image at scale 1, pixels, in training and tests; 0: images keep their own size.
+    sem_seg.BASE_SIZE = 0
+    sem_seg.SCALE_RANGE = (0.5, 2.0)  # a factor of that size, drawn uniformly for each training image
+    sem_seg.CROP_SIZE = 512  # side of a training crop, pixels; smaller images are padded
+
+    # Used by MODEL.META_ARCHITECTURE "SlidingWindowSegmentor": side of the window and its step, pixels; WINDOW 0: images
+    # go through the network whole.
+    cfg.TEST.SEM_SEG = CN()
+    cfg.TEST.SEM_SEG.WINDOW = 0
+    cfg.TEST.SEM_SEG.STRIDE = 0
+
+    # Of LR_SCHEDULER_NAME "WarmupPolyLR": BASE_LR max((1 - iteration / MAX_ITER) ** POWER, CONSTANT_ENDING).
+    cfg.SOLVER.POLY_LR_POWER = 0.9
+    cfg.SOLVER.POLY_LR_CONSTANT_ENDING = 0.0  # a share of BASE_LR

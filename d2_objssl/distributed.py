@@ -69,3 +69,32 @@ def all_reduce_mean(x: Tensor) -> Tensor:
         return x
     dist.all_reduce(x)
     return x / comm.get_world_size()
+
+
+class DelayedMax:
+    """Maximum of a whole number over the processes, one call late, so that no process waits for another one.
+
+    The numbers travel by gloo, from CPU to CPU, while the next step runs: GPUs are not synchronised.
+    """
+
+    def __init__(self) -> None:
+        """To be called in all processes."""
+        self._group = dist.new_group(backend="gloo") if comm.get_world_size() > 1 else None
+        self._value = torch.zeros(1, dtype=torch.int64)
+        self._pending: dist.Work | None = None
+
+    def __call__(self, value: int) -> int:
+        """Share `value`, at least 0; to be called in all processes, equally often.
+
+        Returns:
+            The maximum of what the processes gave in the call before; 0 in the first call. The same in all processes. In a
+            single process: `value`.
+        """
+        if self._group is None:
+            return value
+        if self._pending is not None:
+            self._pending.wait()
+        latest = int(self._value)
+        self._value = torch.tensor([value])
+        self._pending = dist.all_reduce(self._value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return latest

@@ -32,6 +32,7 @@ _CONTRACT_KEYS = _INPUT_KEYS | _RESNET_KEYS | _SWIN_KEYS
 # Whoever trains under these names feeds RGB and strides in the 3x3; the pixel statistics may differ.
 LAYOUT_CONTRACTS: dict[str, dict[str, Any]] = {
     "torchvision": {"format": "RGB", "stride_in_1x1": False, "padding": "symmetric"},
+    "sequential": {"format": "RGB", "stride_in_1x1": False, "padding": "symmetric"},
     "haiku": {"format": "RGB", "stride_in_1x1": False, "padding": "same"},
     "timm": {"format": "RGB"},
     "swin": {"format": "RGB"},
@@ -47,6 +48,8 @@ _STARTS_AT_ZERO = re.compile(r"\.conv2_offset\.(weight|bias)$")
 # Swin Transformers: classification and pretraining only normalise the last stage, detection normalises every output.
 # norm0 to norm2, those of res2 to res4, start with weight 1 and bias 0 where a file does not have them.
 _STARTS_AT_ONE = re.compile(r"(^|backbone\.|bottom_up\.)norm[0-2]\.(weight|bias)$")
+# The res5 of a C4 model; what stands behind its blocks (Res5ROIHeadsExtraNorm) is not the ResNet's.
+_RES5_OF_C4 = re.compile(r"^roi_heads\.res5\.\d+\.")
 
 
 def input_contract(cfg: CfgNode) -> dict[str, Any]:
@@ -210,8 +213,8 @@ def build_report(
 def backbone_keys(model: nn.Module) -> list[str]:
     """Names in `model.state_dict()` that pretrained weights must fill.
 
-    The bottom-up network in `backbone` (without FPN's own convolutions) and, in a C4 model, `roi_heads.res5`; in an
-    ObjectSSL model the backbones of student and teacher; in a model without `backbone` everything. Not what needs no
+    The bottom-up network in `backbone` (without FPN's own convolutions) and, in a C4 model, the blocks of `roi_heads.res5`;
+    in an ObjectSSL model the backbones of student and teacher; in a model without `backbone` everything. Not what needs no
     loading: `num_batches_tracked`, offsets of deformable convolutions, norm0 to norm2 of a Swin Transformer.
     """
     names = [name for name in _all_keys(model) if not (_STARTS_AT_ZERO.search(name) or _STARTS_AT_ONE.search(name))]
@@ -220,7 +223,7 @@ def backbone_keys(model: nn.Module) -> list[str]:
         below = [name for name in names if name.startswith(prefix)]
         chosen += [name for name in below if name.startswith(f"{prefix}bottom_up.")] or below
     if chosen:
-        return chosen + [name for name in names if name.startswith("roi_heads.res5.")]
+        return chosen + [name for name in names if _RES5_OF_C4.match(name)]
     # A bare backbone, maybe an FPN.
     return [name for name in names if name.startswith("bottom_up.")] or names
 

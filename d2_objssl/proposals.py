@@ -27,10 +27,14 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from skimage.segmentation import felzenszwalb
 from torch import Tensor
 
 from .structures import MAX_OVERLAPPING, NO_REGION
+
+try:
+    from .fast_felzenszwalb import felzenszwalb
+except ImportError:  # no numba (extra "fast-masks"): the same regions, several times slower
+    from skimage.segmentation import felzenszwalb
 
 _FELZENSZWALB_SIGMA = 0.8  # pixels; the authors' and scikit-image's own
 _AGREEING_IOU = 0.7  # two boxes of selective search show the same thing

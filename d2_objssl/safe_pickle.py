@@ -62,6 +62,10 @@ class _Unpickler(pickle.Unpickler):
     """Refuses every global but those of the table before it is called."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if name == "_ByolExperimentState":  # of byol.byol_experiment, wherever that was
+            return _ByolState
+        if re.fullmatch(r"(byol|optax)(\..*)?", module) and name.endswith("State"):
+            return _OptimizerState
         try:
             return _PICKLE_GLOBALS[f"{module}.{name}"]
         except KeyError:
@@ -110,6 +114,21 @@ class _Namespace:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.content = dict(state)
+
+
+class _ByolState:
+    """Stands in for the named tuple in DeepMind's files of BYOL, by the order of its fields; becomes a dict."""
+
+    def __new__(cls, *values: Any) -> dict[str, Any]:  # type: ignore[misc]
+        fields = ("online_params", "target_params", "online_state", "target_state", "opt_state")
+        return dict(zip(fields, values, strict=True))
+
+
+class _OptimizerState:
+    """Stands in for the named tuples of optax, which nobody needs; becomes an empty tuple."""
+
+    def __new__(cls, *_: Any) -> tuple[()]:  # type: ignore[misc]
+        return ()
 
 
 def _to_array(raw: Any, dtype: Any, shape: Any, order: Any = "C") -> Any:

@@ -137,6 +137,18 @@ def write_atomically(
     _sync_folder(folder)
 
 
+def remove_leftovers(folder: str | os.PathLike[str]) -> list[str]:
+    """Delete the temporary files of `write_atomically` whose process was killed; nobody may be writing to the folder.
+
+    Returns:
+        Their names.
+    """
+    names = [name for name in sorted(os.listdir(folder)) if name.startswith(".") and name.endswith(".tmp")]
+    for name in names:
+        os.unlink(os.path.join(folder, name))
+    return names
+
+
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     digest = hashlib.sha256()

@@ -20,6 +20,7 @@ DISTRIBUTIONS = {
     "PIL": "pillow",
     "faiss": "faiss-cpu",
     "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
 }
 
 

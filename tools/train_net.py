@@ -17,32 +17,46 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from d2_objssl.checkpoint import ObjSSLCheckpointer, checkpoint_metadata
 from d2_objssl.engine import Trainer, default_setup, launch, resolve_norms, setup_cfg
+from d2_objssl.evaluation.evaluation_records import write_evaluation_records
 
 
 def main(args: argparse.Namespace) -> Any:
-    """Train, or with --eval-only evaluate."""
+    """Train, or with --eval-only evaluate; both leave a record of the result in OUTPUT_DIR/records."""
     cfg = setup_cfg(args.config_file, args.opts)
     default_setup(cfg, args)
     if args.eval_only:
-        cfg = resolve_norms(cfg)
-        model = Trainer.build_model(cfg)
-        checkpointer = ObjSSLCheckpointer(model, cfg.OUTPUT_DIR, metadata=checkpoint_metadata(cfg))
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, require="all")
-        results = Trainer.test(cfg, model)
-        if comm.is_main_process():
-            verify_results(cfg, results)
-        return results
-    trainer = Trainer(cfg)
+        return evaluate(cfg, args)
+    trainer = Trainer(cfg, config_file=args.config_file)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
+
+
+def evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate MODEL.WEIGHTS, or with --resume the last checkpoint of OUTPUT_DIR; returns the results."""
+    start = time.monotonic()
+    resolved = resolve_norms(cfg)
+    model = Trainer.build_model(resolved)
+    checkpointer = ObjSSLCheckpointer(model, cfg.OUTPUT_DIR, metadata=checkpoint_metadata(resolved))
+    path = checkpointer.get_checkpoint_file() if args.resume and checkpointer.has_checkpoint() else cfg.MODEL.WEIGHTS
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, require="all")
+    results = Trainer.test(resolved, model)
+    if comm.is_main_process():
+        seconds = round(time.monotonic() - start, 1)
+        write_evaluation_records(
+            cfg, results, checkpoint=path, config_file=args.config_file, precision="float32", wall_time_s=seconds
+        )
+        verify_results(resolved, results)
+    return results
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,10 +5,11 @@
 
 from types import ModuleType
 
-from . import data
+from . import data, masks
 
 STAGES: dict[str, ModuleType] = {
     "data": data,
+    "masks": masks,
 }
 
 __all__ = ["STAGES"]

@@ -15,9 +15,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetFromList,
-    MetadataCatalog,
     build_detection_test_loader,
-    get_detection_dataset_dicts,
 )
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
@@ -27,11 +25,12 @@ from torch.utils.data import DataLoader, Dataset
 from .collation import collate_views
 from .dataset_mapper import ObjSSLDatasetMapper
 from .datasets import register_image_folders
+from .known_sizes import check_datasets, check_size
+from .loading import load_dataset_dicts
 from .pair_mapper import PairDatasetMapper
-from .region_keys import assign_region_keys, find_image_roots
-from .region_maps import FileRegions, RegionSource, build_region_source
+from .region_maps import FileRegions
 from .sampling import ResumableBatchSampler, SampleKey
-from .semantic_pairs import load_pair_dicts
+from .sem_seg_mapper import SemSegDatasetMapper
 
 logger = logging.getLogger(__name__)
 
@@ -179,83 +178,22 @@ def _init_worker(worker_id: int) -> None:
     cv2.setNumThreads(0)
 
 
-def load_dataset_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
-    """Dataset dicts of DATASETS.TRAIN; for pretraining only the paths, and what INPUT.REGIONS.SOURCE needs.
-
-    With INPUT.PAIRS a dict stands for a pair (image, class), not for an image.
-
-    Raises:
-        FileNotFoundError, ValueError: for a folder that is missing or holds no image, and for images without the labels
-            or files that the source of regions needs.
-    """
-    if not cfg.DATASETS.TRAIN:
-        raise ValueError("DATASETS.TRAIN is empty; name a data set, or a folder as ('images:/path/to/folder',)")
-    register_image_folders(cfg.DATASETS.TRAIN)
-    if cfg.INPUT.SSL.NUM_VIEWS > 0 and cfg.INPUT.PAIRS.SOURCE != "none":
-        return load_pair_dicts(cfg)
-    if cfg.INPUT.SSL.NUM_VIEWS > 0:
-        return _load_for_pretraining(cfg.DATASETS.TRAIN, build_region_source(cfg))
-    return get_detection_dataset_dicts(
-        list(cfg.DATASETS.TRAIN),
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
-
-
-def _load_for_pretraining(names: Sequence[str], region_source: RegionSource | None) -> list[dict[str, Any]]:
-    kept: list[dict[str, Any]] = []
-    for name in names:
-        dicts = get_detection_dataset_dicts(name, filter_empty=False, check_consistency=False)
-        if region_source is None:
-            kept += [{k: d[k] for k in ("file_name", "image_id") if k in d} for d in dicts]
-        else:
-            kept += region_source.prepare(dicts, MetadataCatalog.get(name))
-    if isinstance(region_source, FileRegions):
-        assign_region_keys(kept, find_image_roots(names))
-    if region_source is not None:
-        region_source.check(kept)
-    return kept
-
-
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> TrainLoader:
     """Build the loader of DATASETS.TRAIN for pretraining (INPUT.SSL.NUM_VIEWS > 0) or fine-tuning.
 
     Args:
         cfg: DATASETS.TRAIN, DATALOADER.*, SOLVER.IMS_PER_BATCH, INPUT.SSL.NUM_VIEWS, INPUT.REGIONS and SEED are read.
-        mapper: default `ObjSSLDatasetMapper(cfg, True)`, or `PairDatasetMapper` for pairs (INPUT.PAIRS).
+        mapper: default `ObjSSLDatasetMapper(cfg, True)`, `PairDatasetMapper` for pairs (INPUT.PAIRS), or
+            `SemSegDatasetMapper` for semantic segmentation.
 
     Returns:
         Loader of `SSLBatch` in pretraining, of lists of dicts in fine-tuning.
     """
     dicts = load_dataset_dicts(cfg)
     pretrain = cfg.INPUT.SSL.NUM_VIEWS > 0
-    groups = repeat_factors = None
-    if not pretrain and cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-        if all("width" in d and "height" in d for d in dicts):
-            groups = np.array([d["width"] > d["height"] for d in dicts], dtype=np.int8)
-        else:
-            logger.info(
-                "DATALOADER.ASPECT_RATIO_GROUPING has no effect: the data set does not say how large its images are"
-            )
-    name = cfg.DATALOADER.SAMPLER_TRAIN
-    if name == "RepeatFactorTrainingSampler":
-        repeat_factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
-        ).numpy()
-    elif name != "TrainingSampler":
-        raise ValueError(
-            f'DATALOADER.SAMPLER_TRAIN is "{name}"; those that resume: "TrainingSampler", "RepeatFactorTrainingSampler"'
-        )
-    sampler = ResumableBatchSampler(
-        len(dicts),
-        cfg.SOLVER.IMS_PER_BATCH,
-        seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
-        groups=groups,
-        repeat_factors=repeat_factors,
-    )
+    sampler = _build_sampler(cfg, dicts)
     # Serialised to one array: the memory of the workers does not grow by reference counting.
-    dataset = MappedDataset(DatasetFromList(dicts, copy=False), mapper or _build_mapper(cfg))
+    dataset = MappedDataset(DatasetFromList(dicts, copy=False), mapper or _build_mapper(cfg, True))
     loader: DataLoader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -269,9 +207,45 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], dict[str
     return TrainLoader(loader, len(dicts), cfg.DATALOADER.MAX_BAD_IMAGES)
 
 
-def _build_mapper(cfg: CfgNode) -> ObjSSLDatasetMapper:
-    is_paired = cfg.INPUT.SSL.NUM_VIEWS > 0 and cfg.INPUT.PAIRS.SOURCE != "none"
-    return PairDatasetMapper(cfg, True) if is_paired else ObjSSLDatasetMapper(cfg, True)
+def _build_sampler(cfg: CfgNode, dicts: list[dict[str, Any]]) -> ResumableBatchSampler:
+    """The sampler of DATALOADER.SAMPLER_TRAIN and DATALOADER.ASPECT_RATIO_GROUPING."""
+    pretrain = cfg.INPUT.SSL.NUM_VIEWS > 0
+    groups = repeat_factors = None
+    if not pretrain and cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        if all("width" in d and "height" in d for d in dicts):
+            groups = np.array([d["width"] > d["height"] for d in dicts], dtype=np.int8)
+        else:
+            logger.info(
+                "DATALOADER.ASPECT_RATIO_GROUPING has no effect: the data set does not say how large its images are"
+            )
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "RepeatFactorTrainingSampler":
+        if not all("annotations" in d for d in dicts):
+            raise ValueError(
+                f'DATALOADER.SAMPLER_TRAIN is "{name}", which counts the objects of each class, but DATASETS.TRAIN '
+                f"{list(cfg.DATASETS.TRAIN)} has none in this run"
+            )
+        repeat_factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+        ).numpy()
+    elif name != "TrainingSampler":
+        raise ValueError(
+            f'DATALOADER.SAMPLER_TRAIN is "{name}"; those that resume: "TrainingSampler", "RepeatFactorTrainingSampler"'
+        )
+    return ResumableBatchSampler(
+        len(dicts),
+        cfg.SOLVER.IMS_PER_BATCH,
+        seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+        groups=groups,
+        repeat_factors=repeat_factors,
+    )
+
+
+def _build_mapper(cfg: CfgNode, is_train: bool) -> ObjSSLDatasetMapper:
+    if is_train and cfg.INPUT.SSL.NUM_VIEWS > 0 and cfg.INPUT.PAIRS.SOURCE != "none":
+        return PairDatasetMapper(cfg, True)
+    is_semantic = cfg.MODEL.META_ARCHITECTURE in ("SemanticSegmentor", "SlidingWindowSegmentor")
+    return (SemSegDatasetMapper if is_semantic else ObjSSLDatasetMapper)(cfg, is_train)
 
 
 def _no_collation(batch: list[Any]) -> list[Any]:
@@ -281,4 +255,7 @@ def _no_collation(batch: list[Any]) -> list[Any]:
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     """Detectron2's test loader with this package's mapper."""
     register_image_folders([dataset_name])
-    return build_detection_test_loader(cfg, dataset_name, mapper=ObjSSLDatasetMapper(cfg, False))
+    check_datasets([dataset_name], "DATASETS.TEST")
+    loader = build_detection_test_loader(cfg, dataset_name, mapper=_build_mapper(cfg, False))
+    check_size(dataset_name, len(loader.dataset), require_complete=cfg.DATASETS.REQUIRE_COMPLETE)
+    return loader

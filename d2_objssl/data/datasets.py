@@ -1,6 +1,7 @@
-"""Unlabelled image sets: any folder or glob by name alone, and well-known sets under DETECTRON2_DATASETS.
+"""Data sets by name alone: any folder of images, and well-known unlabelled sets under DETECTRON2_DATASETS.
 
 * `images:PATH` in DATASETS.TRAIN or DATASETS.TEST: every image below a folder, or matching a glob; nothing to register.
+* `voc:PATH:SPLIT`: a labelled folder in Pascal VOC's layout, and `bccd_*`: see `data/voc_datasets.py`.
 * `coco_2017_train_images`, `coco_2017_unlabeled_images` (both together are COCO+), `imagenet_1k_train_images`,
   `bdd100k_train_images`: catalog names relative to the dataset root.
 * `scenes_*`: generated on first use, see `data/scenes.py`.
@@ -17,7 +18,9 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from .classification_datasets import register_class_folders
 from .scenes import register_all_scenes
+from .voc_datasets import VOC_PREFIX, register_bccd, register_voc_folder
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +113,13 @@ def load_images(path: str) -> list[dict[str, Any]]:
 
 
 def register_image_folders(names: Iterable[str]) -> None:
-    """Enter every `images:PATH` of `names` into the DatasetCatalog, unless it is there already."""
+    """Enter every `images:PATH`, `voc:PATH:SPLIT` and `folders:PATH` of `names` into the catalogs, unless it is there."""
+    names = list(names)
+    register_class_folders(names)
     for name in names:
-        if name.startswith(IMAGE_PREFIX) and name not in DatasetCatalog:
+        if name.startswith(VOC_PREFIX):
+            register_voc_folder(name)
+        elif name.startswith(IMAGE_PREFIX) and name not in DatasetCatalog:
             path = name[len(IMAGE_PREFIX) :]
             if not path:
                 raise ValueError(f'DATASETS names "{name}": a folder or a glob must follow "{IMAGE_PREFIX}"')
@@ -139,3 +146,4 @@ def _register_known_sets(root: str) -> None:
 _root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
 _register_known_sets(_root)
 register_all_scenes(_root)
+register_bccd(_root)

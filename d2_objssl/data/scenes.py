@@ -107,7 +107,7 @@ def register_scenes(name: str, *, num_images: int, size: tuple[int, int], seed: 
             return load()
 
         DatasetCatalog.register(name + suffix, generate_and_load)
-        MetadataCatalog.get(name + suffix).set(**metadata)
+        MetadataCatalog.get(name + suffix).set(generated=True, **metadata)
 
     register(
         "",

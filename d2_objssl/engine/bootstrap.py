@@ -221,6 +221,7 @@ def build_bootstrap_hooks(trainer: Any) -> list[HookBase]:
         dataset=loader.dataset.dataset,
         dataset_names=list(cfg.DATASETS.TRAIN),
         max_unreadable=cfg.DATALOADER.MAX_BAD_IMAGES,
+        between_batches=trainer.preemption.stop_between,
     )
     report = MaskReport(dataset=loader.dataset.dataset, dataset_names=list(cfg.DATASETS.TRAIN))
     return [phases, MaskBootstrap(maker=maker, report=report, starts=starts, folder=folder)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import os
 import random
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -14,9 +16,11 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from fvcore.common.checkpoint import Checkpointer
 from fvcore.nn.precise_bn import update_bn_stats
 from torch import nn
+
+from ..checkpoint import ObjSSLCheckpointer
+from .processes import fail_together
 
 logger = logging.getLogger(__name__)
 
@@ -100,13 +104,17 @@ class PreciseBN(HookBase):
 
 
 class Checkpoints(PeriodicCheckpointer):
-    """Detectron2's `PeriodicCheckpointer`, which also writes before certain iterations."""
+    """Detectron2's `PeriodicCheckpointer`, which also writes before certain iterations and when it is asked to.
 
-    period: int
+    Must be there in every process: if the main process cannot write, all of them end. `max_to_keep` also counts the
+    checkpoints from before a resume.
+    """
+
+    checkpointer: ObjSSLCheckpointer
 
     def __init__(
         self,
-        checkpointer: Checkpointer,
+        checkpointer: ObjSSLCheckpointer,
         period: int,
         *,
         max_to_keep: int | None = None,
@@ -119,14 +127,36 @@ class Checkpoints(PeriodicCheckpointer):
         """
         super().__init__(checkpointer, period, max_to_keep=max_to_keep)
         self._also_before = also_before
+        self._written = -1  # iteration of the last checkpoint
+
+    def before_train(self) -> None:
+        """Count what is there already; files that are no older than the run's start are not its own."""
+        super().before_train()
+        earlier = self.checkpointer.periodic_checkpoints().items()
+        start = self.trainer.start_iter
+        self.recent_checkpoints = [path for path, iteration in earlier if iteration < start]
 
     def step(self, iteration: int, **kwargs: Any) -> None:
-        """Write a checkpoint if one is due."""
-        period = self.period
-        if iteration + 1 in self._also_before:
-            self.period = 1
-        super().step(iteration, **kwargs)
-        self.period = period
+        """Write the checkpoints that are due after this iteration."""
+        if (iteration + 1) % self.period == 0 or iteration + 1 in self._also_before:
+            self.write(iteration, **kwargs)
+        if iteration + 1 == self.max_iter:
+            with fail_together():
+                self.checkpointer.save(f"{self.file_prefix}_final", iteration=iteration, **kwargs)
+
+    def write(self, iteration: int, **kwargs: Any) -> None:
+        """Write a checkpoint of this iteration unless there is one; older ones are deleted when it is on the disk."""
+        if iteration == self._written:
+            return
+        with fail_together():
+            self.checkpointer.save(f"{self.file_prefix}_{iteration:07d}", iteration=iteration, **kwargs)
+        self._written = iteration
+        if self.max_to_keep is None or not self.checkpointer.save_to_disk:
+            return
+        self.recent_checkpoints.append(self.checkpointer.get_checkpoint_file())
+        while len(self.recent_checkpoints) > self.max_to_keep:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.recent_checkpoints.pop(0))
 
 
 class RandomState(HookBase):

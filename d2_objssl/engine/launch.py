@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from detectron2.utils.logger import setup_logger
 
 from ..config import add_objssl_config
 from ..data import register_image_folders
+from .preemption import forward_signals
 
 
-def setup_cfg(config_file: str, opts: list[str]) -> CfgNode:
-    """Merge defaults, a config file and KEY VALUE overrides.
+def setup_cfg(config_file: str, opts: list[str], *, stored: str = "") -> CfgNode:
+    """Merge defaults, the YAML text of a config that a checkpoint stores, a config file and KEY VALUE overrides.
 
     `images:PATH` data sets are registered. Without a GPU, MODEL.DEVICE "cuda" becomes "cpu".
 
@@ -33,6 +35,8 @@ def setup_cfg(config_file: str, opts: list[str]) -> CfgNode:
     """
     cfg = get_cfg()
     add_objssl_config(cfg)
+    if stored:
+        cfg.merge_from_other_cfg(CfgNode.load_cfg(stored))
     if config_file:
         if not os.path.isfile(config_file):
             raise FileNotFoundError(f"--config-file {config_file} does not exist")
@@ -73,14 +77,15 @@ def launch(main_func: Callable[..., Any], args: argparse.Namespace) -> Any:
     """Run `main_func(args)` in as many processes as the arguments of Detectron2's parser, or torchrun, ask for."""
     if dist.is_torchelastic_launched():
         return _run_under_torchrun(main_func, args)
-    return d2_launch(
-        main_func,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    with forward_signals() if args.num_gpus * args.num_machines > 1 else nullcontext():
+        return d2_launch(
+            main_func,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
 
 
 def _run_under_torchrun(main_func: Callable[..., Any], args: argparse.Namespace) -> Any:

@@ -62,6 +62,7 @@ class MaskMaker:
         dataset: Sequence[dict[str, Any]],
         dataset_names: list[str],
         max_unreadable: float,
+        between_batches: Callable[[], None] | None = None,
     ) -> None:
         """
         Args:
@@ -70,6 +71,7 @@ class MaskMaker:
             dataset: dataset dicts with "file_name" and "region_key".
             dataset_names: of DATASETS.TRAIN; the index of the maps names them.
             max_unreadable: a larger share of unreadable images (of more than 10) stops the run.
+            between_batches: called in all processes every few clustering batches; may stop the run.
         """
         self._build_clusterer = build_clusterer
         self._images_per_clustering = images_per_clustering
@@ -81,6 +83,7 @@ class MaskMaker:
         self._indices = list(first.values())
         self._dataset_names = dataset_names
         self._max_unreadable = max_unreadable
+        self._between_batches = between_batches
 
     def try_out(self) -> None:
         """Cluster a black image: a wrong setting or a missing package is found before training, not after the warm-up."""
@@ -185,6 +188,8 @@ class MaskMaker:
                         counts += self._write(writer, batch, images, maps)
                         self._check_unreadable(counts)
                 _log_progress(min(first + world_size * _BATCHES_PER_SYNC, len(todo)), len(todo), start)
+                if self._between_batches is not None:
+                    self._between_batches()
         return sum(comm.all_gather(counts), RoundCounts())
 
     def _write(

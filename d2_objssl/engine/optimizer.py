@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.solver import build_optimizer as build_sgd
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import Tensor, nn
 
@@ -96,36 +95,43 @@ class LARS(torch.optim.Optimizer):
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimiser that SOLVER.OPTIMIZER names.
 
+    What is not below `model.backbone` learns SOLVER.HEAD_LR_FACTOR times as fast; schedules multiply all rates alike.
+
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or for a SOLVER.HEAD_LR_FACTOR of a model without a backbone.
     """
-    name = cfg.SOLVER.OPTIMIZER
-    if name == "SGD":
-        return build_sgd(cfg, model)
-    bias_decay = cfg.SOLVER.WEIGHT_DECAY_BIAS
-    params = get_default_optimizer_params(
-        model,
-        base_lr=cfg.SOLVER.BASE_LR,
-        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-        weight_decay_bias=bias_decay,
-        # The biases of a Swin Transformer's attention, which Detectron2 does not count as such.
-        overrides=None if bias_decay is None else {"relative_position_bias_table": {"weight_decay": bias_decay}},
-    )
+    name, solver = cfg.SOLVER.OPTIMIZER, cfg.SOLVER
+    params = _parameter_groups(cfg, model)
+    common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
     optimizer: torch.optim.Optimizer
-    if name == "LARS":
-        optimizer = LARS(
-            params,
-            lr=cfg.SOLVER.BASE_LR,
-            momentum=cfg.SOLVER.MOMENTUM,
-            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-            trust_coefficient=cfg.SOLVER.LARS_TRUST_COEFFICIENT,
-        )
+    if name == "SGD":
+        optimizer = torch.optim.SGD(params, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, foreach=True, **common)
+    elif name == "LARS":
+        optimizer = LARS(params, momentum=solver.MOMENTUM, trust_coefficient=solver.LARS_TRUST_COEFFICIENT, **common)
     elif name == "ADAMW":
-        optimizer = torch.optim.AdamW(
-            params, lr=cfg.SOLVER.BASE_LR, betas=tuple(cfg.SOLVER.ADAMW_BETAS), weight_decay=cfg.SOLVER.WEIGHT_DECAY
-        )
+        optimizer = torch.optim.AdamW(params, betas=tuple(solver.ADAMW_BETAS), **common)
     else:
         raise ValueError(f'SOLVER.OPTIMIZER is "{name}"; known: "SGD", "LARS", "ADAMW"')
     return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def _parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
+    """Detectron2's parameter groups, by learning rate and weight decay."""
+    solver, bias_decay = cfg.SOLVER, cfg.SOLVER.WEIGHT_DECAY_BIAS
+    factor = solver.HEAD_LR_FACTOR
+    if factor != 1 and not any(name.startswith("backbone.") for name, _ in model.named_parameters()):
+        raise ValueError(
+            f"SOLVER.HEAD_LR_FACTOR is {factor}, but {type(model).__name__} has no backbone to tell a head from"
+        )
+    return get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        # Detectron2 leaves it to SGD; a group of its own for norm layers, even if their decay is the same.
+        weight_decay=None if solver.OPTIMIZER == "SGD" else solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=bias_decay,
+        lr_factor_func=lambda name: 1.0 if name.startswith("backbone.") else factor,
+        # The biases of a Swin Transformer's attention, which Detectron2 does not count as such.
+        overrides=None if bias_decay is None else {"relative_position_bias_table": {"weight_decay": bias_decay}},
+    )

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from detectron2.solver import build_lr_scheduler as build_detectron2_scheduler
 from detectron2.utils import comm
+from fvcore.common.param_scheduler import ParamScheduler
 
 logger = logging.getLogger(__name__)
 
@@ -88,18 +90,35 @@ def _check_accumulation(cfg: CfgNode) -> None:
         )
 
 
+class PolyParamScheduler(ParamScheduler):
+    """max((1 - t) ** power, ending) when the part t of a run is over."""
+
+    def __init__(self, power: float, ending: float) -> None:
+        self.power, self.ending = power, ending
+
+    def __call__(self, where: float) -> float:
+        return max((1 - where) ** self.power, self.ending)
+
+
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """Build the scheduler of SOLVER.LR_SCHEDULER_NAME: "OneCycleLR", or one of Detectron2's.
+    """Build the scheduler of SOLVER.LR_SCHEDULER_NAME: "OneCycleLR", "WarmupPolyLR", or one of Detectron2's.
 
     With "OneCycleLR" the learning rate rises by a cosine from WARMUP_FACTOR BASE_LR to BASE_LR during the first
     WARMUP_ITERS iterations (Smith and Topin 2018; PyTorch's scheduler), then falls by a cosine to 1 / 10,000 of where it
     began. In the meantime the momentum of SGD and LARS, or Adam's beta1, goes from 0.95 to 0.85 and back, whatever
     SOLVER.MOMENTUM and SOLVER.ADAMW_BETAS say.
 
+    With "WarmupPolyLR" it is BASE_LR max((1 - i / MAX_ITER) ** POLY_LR_POWER, POLY_LR_CONSTANT_ENDING) at iteration i. The
+    keys and the formula are those of Detectron2's DeepLab project, but for the warm-up, which is that of Detectron2's other
+    schedules: linear up to that curve. MMSegmentation adds its `min_lr` to a curve that ends at 0, where this one stops
+    falling at POLY_LR_CONSTANT_ENDING = min_lr / BASE_LR: the rates differ by less than `min_lr`.
+
     Raises:
-        ValueError: for settings of "OneCycleLR" out of range.
+        ValueError: for settings of "OneCycleLR" or "WarmupPolyLR" out of range.
     """
     solver = cfg.SOLVER
+    if solver.LR_SCHEDULER_NAME == "WarmupPolyLR":
+        return _build_poly_scheduler(cfg, optimizer)
     if solver.LR_SCHEDULER_NAME != "OneCycleLR":
         return build_detectron2_scheduler(cfg, optimizer)
     if solver.WARMUP_ITERS < 2:
@@ -117,6 +136,24 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.
         div_factor=1 / solver.WARMUP_FACTOR,
         final_div_factor=1e4,
     )
+
+
+def _build_poly_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+    solver = cfg.SOLVER
+    power, ending = solver.POLY_LR_POWER, solver.POLY_LR_CONSTANT_ENDING
+    if power <= 0 or not 0 <= ending <= 1:
+        raise ValueError(
+            f"SOLVER.POLY_LR_POWER is {power} and POLY_LR_CONSTANT_ENDING {ending}; the one must be positive, the other, "
+            "a share of BASE_LR, from 0 to 1"
+        )
+    multiplier = WarmupParamScheduler(
+        PolyParamScheduler(power, ending),
+        solver.WARMUP_FACTOR,
+        solver.WARMUP_ITERS / solver.MAX_ITER,
+        solver.WARMUP_METHOD,
+        solver.RESCALE_INTERVAL,
+    )
+    return LRMultiplier(optimizer, multiplier=multiplier, max_iter=solver.MAX_ITER)
 
 
 def resolve_norms(cfg: CfgNode) -> CfgNode:

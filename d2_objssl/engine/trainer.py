@@ -26,6 +26,9 @@ from ..data.collation import split_batch
 from ..evaluation.build import build_evaluator
 from .hooks import Checkpoints, EMATeacher, PreciseBN, RandomState
 from .optimizer import build_optimizer
+from .output_lock import OutputLock
+from .preemption import Preemption
+from .run_record import RunRecord
 from .schedule import build_lr_scheduler, resolve_norms, resolve_schedule, uses_norm
 
 logger = logging.getLogger(__name__)
@@ -164,14 +167,17 @@ class Trainer(DefaultTrainer):
 
     Differs from `DefaultTrainer` in: the data order and its randomness resume (`data.build`), random generators are in
     the checkpoint, checkpoints are atomic and guarded on loading (`checkpoint`), AMP runs on CPUs and in bfloat16, DDP
-    runs on CPUs, schedules may be given in epochs, and a teacher is moved where the model has one.
+    runs on CPUs, schedules may be given in epochs, and a teacher is moved where the model has one. SIGTERM and Ctrl-C
+    stop a run without loss (`preemption`), and an OUTPUT_DIR has one run at a time (`output_lock`).
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init__(self, cfg: CfgNode, *, config_file: str = "") -> None:
         """
         Args:
             cfg: Detectron2's config with `add_objssl_config`.
+            config_file: what it was made from, for the records.
         """
+        self._run_record = (cfg, config_file)
         # DefaultTrainer.__init__ would fix the checkpointer, the AMP trainer and GPU-only DDP; only its base is called.
         super(DefaultTrainer, self).__init__()
         cfg = resolve_norms(DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()))
@@ -203,6 +209,7 @@ class Trainer(DefaultTrainer):
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
+        self.preemption = Preemption()
         self.register_hooks(self.build_hooks())
 
     @property
@@ -215,6 +222,11 @@ class Trainer(DefaultTrainer):
         """Autocast's data type in training; None without AMP."""
         return self._trainer.dtype
 
+    @property
+    def eval_results(self) -> dict[str, Any]:
+        """Results of the last evaluation; empty before there is one."""
+        return getattr(self, "_last_eval_results", {})
+
     def restart_data_loader(self) -> None:
         """Load the batches from the current iteration on anew: what they are made of has changed."""
         loader = self.data_loader
@@ -222,38 +234,56 @@ class Trainer(DefaultTrainer):
         self._trainer.reset_data_loader(lambda: loader)
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Resume from the last checkpoint of OUTPUT_DIR if asked to and there is one; else load MODEL.WEIGHTS."""
+        """Resume from the last checkpoint of OUTPUT_DIR if asked to and there is one; else load MODEL.WEIGHTS.
+
+        Raises:
+            RuntimeError: if processes read different checkpoints: OUTPUT_DIR is not one folder for them, or a file is bad.
+        """
         super().resume_or_load(resume)
+        starts = comm.all_gather(self.start_iter)
+        if len(set(starts)) > 1:
+            raise RuntimeError(
+                f"The processes would start at different iterations, {starts}: check that all of them can read every "
+                f"checkpoint in OUTPUT_DIR {self.cfg.OUTPUT_DIR}"
+            )
         self.data_loader.seek(self.start_iter)
         if self.start_iter > 0:
             logger.info("Resuming at iteration %d of %d", self.start_iter, self.max_iter)
 
+    def write_checkpoint(self) -> None:
+        """Write a checkpoint of the iteration that was just done, unless there is one; in all processes."""
+        self._random_state.collect()
+        self._checkpoints.write(self.iter)
+
     def build_hooks(self) -> list[hooks.HookBase | None]:
-        """Detectron2's hooks, the teacher's update and the method's hooks, the generators' state before the checkpoint."""
+        """Detectron2's hooks, the teacher's update and the method's hooks, the generators' state before the checkpoint.
+
+        Behind the checkpoint, a run that got a signal stops; then come evaluation and log.
+        """
         cfg = self.cfg
         # The parent would read the data set once more for its PreciseBN, which forgets its place when resumed.
         self.cfg = cfg.clone()
         self.cfg.defrost()
         self.cfg.TEST.PRECISE_BN.ENABLED = False
         try:
-            ret = [h for h in super().build_hooks() if h is not None]
+            parents = super().build_hooks()
         finally:
             self.cfg = cfg
+        ret = [h for h in parents if h is not None and not isinstance(h, hooks.PeriodicCheckpointer)]
         model = self.checkpointer.model
         of_method = model.build_method_hooks(self) if getattr(model, "build_method_hooks", None) is not None else []
         # Hooks say by this attribute before which iterations they want a checkpoint.
         wanted = frozenset(i for h in of_method for i in getattr(h, "checkpoint_before", ()))
-        period = cfg.SOLVER.CHECKPOINT_PERIOD
-        for i, hook in enumerate(ret):
-            if isinstance(hook, hooks.PeriodicCheckpointer):
-                keep = cfg.SOLVER.MAX_TO_KEEP or None
-                ret[i] = Checkpoints(self.checkpointer, period, max_to_keep=keep, also_before=wanted)
-        before = next(i for i, h in enumerate(ret) if isinstance(h, (hooks.PeriodicCheckpointer, hooks.EvalHook)))
-        ret.insert(before, RandomState(period, wanted))
+        period, keep = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.MAX_TO_KEEP or None
+        self._random_state = RandomState(period, wanted)
+        self._checkpoints = Checkpoints(self.checkpointer, period, max_to_keep=keep, also_before=wanted)
+        before = next(i for i, h in enumerate(ret) if isinstance(h, hooks.EvalHook))
+        ret[before:before] = [self._random_state, self._checkpoints, self.preemption]
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
             batches = self.data_loader.from_start
             ret.insert(before, PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, batches, cfg.TEST.PRECISE_BN.NUM_ITER))
-        ret[:0] = of_method
+        ret.append(RunRecord(*self._run_record, max_iter=cfg.SOLVER.MAX_ITER))
+        ret[:0] = [OutputLock(cfg.OUTPUT_DIR), *of_method]
         if getattr(model, "teacher", None) is not None:
             teacher = cfg.MODEL.SSL.TEACHER
             ret.insert(0, EMATeacher(model.teacher, model.student, teacher.MOMENTUM, teacher.MOMENTUM_SCHEDULE))

@@ -12,15 +12,16 @@ from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
-    LVISEvaluator,
-    PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from .cityscapes import CityscapesLabelEvaluator, CityscapesMaskEvaluator
+from .classification import ClassificationEvaluator
 from .coco import FastCOCOEvaluator
+from .lvis import FastLVISEvaluator
+from .voc import VOCEvaluator
 
 
 def _load_labels(file_name: str, dtype: Any = int) -> np.ndarray:
@@ -45,9 +46,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     if evaluator_type == "coco":
         return FastCOCOEvaluator(dataset_name, output_dir=output_folder)
     if evaluator_type == "lvis":
-        return LVISEvaluator(dataset_name, output_dir=output_folder)
+        return FastLVISEvaluator(dataset_name, output_dir=output_folder)
     if evaluator_type == "pascal_voc":
-        return PascalVOCDetectionEvaluator(dataset_name)
+        return VOCEvaluator(dataset_name)
     if evaluator_type == "cityscapes_instance":
         # Cityscapes' protocol scores masks alone; papers score its boxes by COCO's. Its image ids are file names, and
         # faster-coco-eval takes numbers only.
@@ -59,7 +60,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
         return SemSegEvaluator(
             dataset_name, distributed=True, output_dir=output_folder, sem_seg_loading_fn=_load_labels
         )
+    if evaluator_type == "classification":
+        return ClassificationEvaluator()
     raise ValueError(
         f'DATASETS.TEST names "{dataset_name}", whose evaluator_type is "{evaluator_type}": it cannot be evaluated. '
-        "Known: coco, lvis, pascal_voc, cityscapes_instance, cityscapes_sem_seg, sem_seg"
+        "Known: coco, lvis, pascal_voc, cityscapes_instance, cityscapes_sem_seg, sem_seg, classification"
     )

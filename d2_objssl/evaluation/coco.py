@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 class FastCOCOEvaluator(COCOEvaluator):
     """Detectron2's `COCOEvaluator` on the C++ evaluation of faster-coco-eval; falls back to pycocotools."""
 
+    lvis_style = False  # whether images name the classes that they are labelled with, as LVIS' do
+
     def __init__(self, dataset_name: str, **kwargs: Any) -> None:
         """
         Args:
@@ -75,7 +77,8 @@ class FastCOCOEvaluator(COCOEvaluator):
         if task == "segm":
             # With a box in the result, the area that sorts it into small, medium and large would be the box's.
             results = [{k: v for k, v in r.items() if k != "bbox"} for r in results]
-        evaluation = COCOeval_faster(ground_truth, ground_truth.loadRes(copy.deepcopy(results)), task)
+        predictions = ground_truth.loadRes(copy.deepcopy(results))
+        evaluation = COCOeval_faster(ground_truth, predictions, task, lvis_style=self.lvis_style)
         evaluation.params.maxDets = self._max_dets_per_image
         if img_ids is not None:
             evaluation.params.imgIds = img_ids

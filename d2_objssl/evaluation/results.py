@@ -2,14 +2,24 @@
 
 A record of an evaluation, one JSON file each, has beside `environment()`:
 
-    task         what was evaluated, e.g. "detection", "semantic segmentation", "unsupervised segmentation"
-    dataset      the catalog name of what it was evaluated on
-    metrics      name -> number, e.g. {"bbox/AP": 41.0}; percentages as papers print them
-    weights      `weights_identity`; None: random initialisation
-    config       `config_identity`; None: the task has no config
-    seed         an integer, or None
-    precision    "float32", "bfloat16", "float16"
-    wall_time_s  seconds
+    task           what was evaluated, e.g. "detection", "semantic segmentation", "unsupervised segmentation"
+    dataset        the catalog name of what it was evaluated on
+    metrics        name -> number, e.g. {"bbox/AP": 41.0}; percentages as papers print them; None: there is none
+    weights        `weights_identity` of what training started from, or, where nothing was trained, of what was evaluated;
+                   None: random initialisation
+    config         `config_identity`; None: the task has no config
+    seed           an integer, or None
+    precision      "float32", "bfloat16", "float16"
+    wall_time_s    seconds
+
+tools/train_net.py (`evaluation_record`) adds:
+
+    checkpoint     `weights_identity` of the fine-tuned model that was evaluated, but for what stands in "weights"
+    num_images     images of `dataset`
+    num_processes  that trained or, with --eval-only, evaluated it
+
+and counts as wall time training with its evaluations (of a resumed run every part of it, up to the checkpoint that the
+next one went on from), with --eval-only the evaluation.
 """
 
 from __future__ import annotations
@@ -27,11 +37,16 @@ from typing import Any
 
 import cv2
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
+from detectron2.utils.file_io import PathManager
 
 import d2_objssl
 
-_PACKAGES = ("torch", "torchvision", "numpy", "pillow", "fvcore", "pycocotools", "faster-coco-eval", "scikit-image")
+from ..checkpoint import training_of
+from ..config import add_objssl_config
+from ..weight_files import CheckpointError, file_sha256, load_checkpoint
+
+_PACKAGES = ("torch", "torchvision", "numpy", "pillow", "fvcore", "pycocotools", "faster-coco-eval", "scikit-image", "numba")
 
 
 def environment() -> dict[str, Any]:
@@ -67,30 +82,67 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def weights_identity(path: str) -> dict[str, str] | None:
-    """File name, and SHA-256 of the content, of a file of weights; None for "", random initialisation.
+def weights_identity(path: str) -> dict[str, Any] | None:
+    """Say which file of weights this is and how it came about; None for "", random initialisation.
+
+    Args:
+        path: a file or an address, as MODEL.WEIGHTS takes it.
+
+    Returns:
+        file (its name) and sha256 (of its content); where the file tells, also source (name of the file that it was
+        converted from) and training (see `checkpoint.training_of`).
 
     Raises:
         FileNotFoundError: if there is no such file.
     """
     if not path:
         return None
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(2**20):
-            digest.update(chunk)
-    return {"file": os.path.basename(path), "sha256": digest.hexdigest()}
+    path = path.partition("?")[0]
+    local = PathManager.get_local_path(path)
+    identity: dict[str, Any] = {"file": os.path.basename(path), "sha256": file_sha256(local)}
+    try:
+        checkpoint = load_checkpoint(local)
+    except CheckpointError:  # of a kind that only its own command reads
+        return identity
+    metadata = checkpoint.get("d2_objssl") or {}
+    if "source" in metadata:
+        identity["source"] = metadata["source"]["file"]
+    if (training := training_of(checkpoint)) is not None:
+        identity["training"] = training
+    return identity
+
+
+# What says where, how fast and how often something is done, or has a field of its own in a record.
+_WITHOUT_EFFECT = {"OUTPUT_DIR", "SEED", "VERSION", "VIS_PERIOD", "CUDNN_BENCHMARK", "MODEL.DEVICE", "MODEL.WEIGHTS"}
+_WITHOUT_EFFECT |= {"DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_EPOCHS"}
+_WITHOUT_EFFECT |= {"SOLVER.MAX_TO_KEEP", "TEST.EVAL_PERIOD", "TEST.EXPECTED_RESULTS"}
 
 
 def config_identity(cfg: CfgNode, config_file: str = "") -> dict[str, str]:
     """Path of the config file as it was given, and SHA-256 of the settings that decide about numbers.
 
-    OUTPUT_DIR, MODEL.WEIGHTS and SEED are left out of the hash: the first says nothing, the others have fields of their own.
+    Settings count where they differ from the defaults: a key that is new, and off, changes no hash. Left out are those
+    that say where and how often something is done (`_WITHOUT_EFFECT`), MODEL.WEIGHTS and SEED, which have fields of their own.
+
+    Args:
+        cfg: as `setup_cfg` returns it: the trainer's own depends on the number of processes and images.
     """
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, cfg.SEED = "", "", -1
-    return {"file": config_file, "sha256": hashlib.sha256(cfg.dump(sort_keys=True).encode()).hexdigest()}
+    defaults = get_cfg()
+    add_objssl_config(defaults)
+    usual = _flatten(defaults)
+    settings = {k: v for k, v in _flatten(cfg).items() if k not in _WITHOUT_EFFECT and usual.get(k) != v}
+    return {"file": config_file, "sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()}
+
+
+def _flatten(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """Settings by their full key; sequences as lists."""
+    flat: dict[str, Any] = {}
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = json.loads(json.dumps(value))
+    return flat
 
 
 def write_record(path: str | Path, record: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Meta-architecture, heads and methods."""
 
-from . import backbone, methods, swin  # noqa: F401  (they fill BACKBONE_REGISTRY and SSL_METHOD_REGISTRY)
+from . import backbone, methods, roi_heads, sem_seg_head, sliding_window, swin  # noqa: F401  (they fill the registries)
+from .classifier import ImageClassifier
 from .meta_arch import ObjectSSL
 
-__all__ = ["ObjectSSL"]
+__all__ = ["ImageClassifier", "ObjectSSL"]

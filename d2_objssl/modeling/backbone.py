@@ -1,9 +1,11 @@
-"""ResNets of Detectron2's own blocks, with the depths, widths and padding that Detectron2's builder does not offer.
+"""ResNets of Detectron2's own blocks, with depths, widths, padding and dilations that Detectron2's builder does not offer.
 
     k, s, d   kernel size, stride and dilation of a convolution; n: size of its input, in cells
     depth     18, 34, 50, 101, 152 as in Detectron2; 200: (3, 24, 36, 3) bottleneck blocks
     width     MODEL.RESNETS.WIDTH_MULTIPLIER multiplies the channels of the stem and of all blocks, inside and outside
     padding   MODEL.RESNETS.PADDING "same": as TensorFlow and haiku pad, for checkpoints that were trained there
+    dilation  MODEL.RESNETS.(RES4_DILATION, RES5_DILATION): (1, 1) stride 32, (1, 2) stride 16, (2, 4) stride 8
+    output    MODEL.RESNETS.OUT_FEATURES ["res3.2"]: one block of a stage, from 0; what comes after it is not built
 
 Source of depth 200 and of the 2x width: DetCon, section 4.1 and supplement, after BYOL (Grill et al., NeurIPS 2020).
 Parameters without the classifier: ResNet-50 23.5M and 93.9M (2x), ResNet-200 62.6M and 250.1M (2x; "250M" in DetCon).
@@ -15,6 +17,7 @@ the features.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -23,7 +26,7 @@ from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..weight_names import NUM_BLOCKS
 
@@ -90,6 +93,39 @@ class SamePaddedStem(BasicStem):
         return F.max_pool2d(pad_same(x, (3, 3), (2, 2), value=-math.inf), kernel_size=3, stride=2)
 
 
+class DilatedBasicBlock(BasicBlock):
+    """Detectron2's block of ResNet-18 and 34, with dilated convolutions; the parameters are the same."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, stride: int = 1, norm: str = "BN", dilation: int = 1
+    ) -> None:
+        super().__init__(in_channels, out_channels, stride=stride, norm=norm)
+        for conv in (self.conv1, self.conv2):
+            conv.dilation = conv.padding = (dilation, dilation)
+
+
+class BlockResNet(ResNet):
+    """A ResNet that ends with some block of a stage, such as "res3.2", and has it as its only output."""
+
+    def __init__(self, stem: nn.Module, stages: list[list[CNNBlockBase]], *, out_block: str, freeze_at: int) -> None:
+        """
+        Args:
+            stem, freeze_at: as in `ResNet`.
+            stages: blocks of each stage, up to the block `out_block`.
+            out_block: name of the output.
+        """
+        super().__init__(stem, stages, freeze_at=freeze_at, out_features=[f"res{len(stages) + 1}"])
+        self.out_block = out_block
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        (features,) = super().forward(x).values()
+        return {self.out_block: features}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        (shape,) = super().output_shape().values()
+        return {self.out_block: shape}
+
+
 def use_same_padding(block: CNNBlockBase) -> None:
     """Give the strided convolutions of a stem or block 'SAME' padding (in place).
 
@@ -102,7 +138,7 @@ def use_same_padding(block: CNNBlockBase) -> None:
 
 @BACKBONE_REGISTRY.register()
 def build_objssl_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """Detectron2's `build_resnet_backbone` with MODEL.RESNETS.WIDTH_MULTIPLIER, PADDING and DEPTH 200.
+    """Detectron2's `build_resnet_backbone` with more of MODEL.RESNETS: see the module.
 
     Raises:
         ValueError: naming the key of MODEL.RESNETS that is wrong.
@@ -119,7 +155,12 @@ def build_objssl_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet
         if is_same:
             use_same_padding(blocks[0])
         stages.append(blocks)
-    return ResNet(stem, stages, out_features=resnets.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
+    freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
+    if not any("." in name for name in resnets.OUT_FEATURES):
+        return ResNet(stem, stages, out_features=resnets.OUT_FEATURES, freeze_at=freeze_at)
+    index, block = _parse_out_block(resnets.OUT_FEATURES, resnets.DEPTH)
+    stages = [*stages[:index], stages[index][: block + 1]]
+    return BlockResNet(stem, stages, out_block=resnets.OUT_FEATURES[0], freeze_at=freeze_at)
 
 
 @BACKBONE_REGISTRY.register()
@@ -162,27 +203,38 @@ def features_at(backbone: ResNet, images: Tensor, name: str) -> Tensor:
     return x
 
 
+def _parse_out_block(out_features: Sequence[str], depth: int) -> tuple[int, int]:
+    """Index of the stage (0 is res2) and of the block of OUT_FEATURES ["res3.2"]."""
+    blocks = {f"res{i + 2}.{j}": (i, j) for i, n in enumerate(NUM_BLOCKS[depth]) for j in range(n)}
+    if len(out_features) != 1 or out_features[0] not in blocks:
+        raise ValueError(
+            f"MODEL.RESNETS.OUT_FEATURES is {list(out_features)}; it must be names of stages, or one block of "
+            f"ResNet-{depth}: {', '.join(blocks)}"
+        )
+    return blocks[out_features[0]]
+
+
 def _make_stage(cfg: CfgNode, index: int, in_channels: int) -> list[CNNBlockBase]:
     """The blocks of res2 (index 0) to res5 (index 3)."""
     resnets = cfg.MODEL.RESNETS
     num_blocks = NUM_BLOCKS[resnets.DEPTH][index]
     width = resnets.WIDTH_MULTIPLIER * 2**index
-    # A dilated res5 keeps the resolution of res4.
-    dilation = resnets.RES5_DILATION if index == 3 else 1
+    # A dilated stage keeps the resolution of the one before.
+    dilation = (1, 1, resnets.RES4_DILATION, resnets.RES5_DILATION)[index]
     first_stride = 1 if index == 0 or dilation > 1 else 2
     bottleneck: dict[str, Any] = {
         "bottleneck_channels": resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP * width,
         "num_groups": resnets.NUM_GROUPS,
         "stride_in_1x1": resnets.STRIDE_IN_1X1,
-        "dilation": dilation,
     }
     return ResNet.make_stage(
-        BottleneckBlock if resnets.DEPTH >= 50 else BasicBlock,
+        BottleneckBlock if resnets.DEPTH >= 50 else DilatedBasicBlock,
         num_blocks,
         in_channels=in_channels,
         out_channels=resnets.RES2_OUT_CHANNELS * width,
         stride_per_block=[first_stride] + [1] * (num_blocks - 1),
         norm=resnets.NORM,
+        dilation=dilation,
         **(bottleneck if resnets.DEPTH >= 50 else {}),
     )
 
@@ -195,15 +247,18 @@ def _check_config(cfg: CfgNode) -> None:
         raise ValueError(f'MODEL.RESNETS.PADDING is "{resnets.PADDING}"; it must be "symmetric" or "same"')
     if resnets.WIDTH_MULTIPLIER < 1:
         raise ValueError(f"MODEL.RESNETS.WIDTH_MULTIPLIER is {resnets.WIDTH_MULTIPLIER}; it must be at least 1")
-    if resnets.RES5_DILATION not in (1, 2):
-        raise ValueError(f"MODEL.RESNETS.RES5_DILATION is {resnets.RES5_DILATION}; it must be 1 or 2")
+    dilations = (resnets.RES4_DILATION, resnets.RES5_DILATION)
+    if dilations not in ((1, 1), (1, 2), (2, 4)):
+        raise ValueError(
+            f"MODEL.RESNETS.RES4_DILATION and RES5_DILATION are {dilations}; they must be (1, 1), (1, 2) or (2, 4)"
+        )
     if any(resnets.DEFORM_ON_PER_STAGE):
         raise ValueError(
             f"MODEL.RESNETS.DEFORM_ON_PER_STAGE is {resnets.DEFORM_ON_PER_STAGE}; MODEL.BACKBONE.NAME "
             f"{cfg.MODEL.BACKBONE.NAME} has no deformable convolutions, build_resnet_backbone has"
         )
     if resnets.DEPTH < 50:
-        for key, value in (("RES2_OUT_CHANNELS", 64), ("RES5_DILATION", 1), ("NUM_GROUPS", 1)):
+        for key, value in (("RES2_OUT_CHANNELS", 64), ("NUM_GROUPS", 1)):
             if resnets[key] != value:
                 raise ValueError(
                     f"MODEL.RESNETS.{key} is {resnets[key]}; for ResNet-{resnets.DEPTH} it must be {value}"

@@ -37,6 +37,20 @@ class Branch(nn.Module):
         return self.embedder(self.backbone(view.images), view, regions)
 
 
+def assign_pixels(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """Assign every pixel to the region that scores highest there (SlotCon A.3, Eq. 1).
+
+    Args:
+        scores: (N, K, h, w) of the cells, resized bilinearly, one image at a time to save memory.
+        size: (H, W) of the result, pixels.
+
+    Returns:
+        (N, H, W) int64 region ids.
+    """
+    resized = (F.interpolate(x[None].float(), size=size, mode="bilinear", align_corners=False) for x in scores)
+    return torch.cat([x.argmax(dim=1) for x in resized])
+
+
 @META_ARCH_REGISTRY.register()
 class ObjectSSL(nn.Module):
     """Student branch + teacher branch (its moving average) + criterion.
@@ -172,6 +186,30 @@ class ObjectSSL(nn.Module):
             regions = self.sample_regions(views)
         return [self.teacher(view, region) for view, region in zip(views, regions, strict=True)]
 
+    @property
+    def exported_branch(self) -> Branch:
+        """The branch that `inference` uses and that is converted to a backbone."""
+        branch = self.teacher if self.export_branch == "teacher" else self.student
+        assert branch is not None
+        return branch
+
+    @property
+    def prototypes(self) -> Tensor | None:
+        """(K, D) prototypes of the exported branch, shared by all images; None where the method has none."""
+        return getattr(self.exported_branch.embedder, "prototypes", None)
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> RegionEmbeddings:
+        """Embed whole images with the exported branch: (N, 3, H, W) RGB pixels in 0-255, on any device."""
+        n, _, height, width = images.shape
+        images = images.to(self.device).contiguous(memory_format=self.memory_format)
+        view = ViewBatch(
+            images=(images.float() - self.pixel_mean) / self.pixel_std,
+            crop_boxes=torch.tensor([[0.0, 0.0, width, height]], device=self.device).repeat(n, 1),
+            hflip=torch.zeros(n, dtype=torch.bool, device=self.device),
+        )
+        return self.exported_branch(view, self.sample_regions([view] * self.num_views)[0])
+
     @torch.no_grad()
     def inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """Segment whole images by the method's regions, with the branch that is exported.
@@ -186,25 +224,14 @@ class ObjectSSL(nn.Module):
         Raises:
             ValueError: if the method does not score cells by regions.
         """
-        branch = self.teacher if self.export_branch == "teacher" else self.student
-        assert branch is not None
         results = []
         for x in batched_inputs:
-            image = x["image"].to(self.device)[None].contiguous(memory_format=self.memory_format)
-            size = image.shape[-2:]
-            full = torch.tensor([[0.0, 0.0, size[1], size[0]]], device=self.device)
-            view = ViewBatch(
-                images=(image.float() - self.pixel_mean) / self.pixel_std,
-                crop_boxes=full,
-                hflip=torch.zeros(1, dtype=torch.bool, device=self.device),
-            )
-            regions = self.sample_regions([view] * self.num_views)[0]
-            scores = branch(view, regions).scores
+            scores = self.embed_images(x["image"][None]).scores
             if scores is None:
                 raise ValueError("this method does not assign cells to regions, so it has no region map to predict")
+            size = x["image"].shape[-2:]
             out_size = (x.get("height", size[0]), x.get("width", size[1]))
-            resized = F.interpolate(scores.float(), size=out_size, mode="bilinear", align_corners=False)
-            results.append({"region_map": resized[0].argmax(dim=0)})
+            results.append({"region_map": assign_pixels(scores, out_size)[0]})
         return results
 
     def _log(self, views: list[ViewBatch], teacher: list[RegionEmbeddings]) -> None:

@@ -20,7 +20,8 @@ from stored_maps import store_maps
 
 from d2_objssl.config import add_objssl_config
 from d2_objssl.data import SSLBatch, build_train_loader
-from d2_objssl.data.build import MappedDataset, load_dataset_dicts
+from d2_objssl.data.build import MappedDataset
+from d2_objssl.data.loading import load_dataset_dicts
 from d2_objssl.data.sampling import ResumableBatchSampler
 
 SIZE = 23

@@ -215,3 +215,42 @@ def test_one_cycle_settings_out_of_range_are_refused():
         cfg = make_cfg("SOLVER.LR_SCHEDULER_NAME", "OneCycleLR", f"SOLVER.{key}", value)
         with pytest.raises(ValueError, match=f"SOLVER.{key} is {value}"):
             build_any_lr_scheduler(cfg, optimizer)
+
+
+# ----------------------------------------------------------------------------------------------------- polynomial
+
+
+def poly_scheduler(
+    optimizer: torch.optim.Optimizer, total: int, warmup: int, *opts: object
+) -> torch.optim.lr_scheduler.LRScheduler:
+    keys = ("SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.MAX_ITER", total, "SOLVER.WARMUP_ITERS", warmup)
+    return build_any_lr_scheduler(make_cfg(*keys, "SOLVER.WARMUP_FACTOR", 0.1, *opts), optimizer)
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_polynomial_decay_with_a_floor(warmup):
+    """ADE20K's schedule: power 0.9 from 0.01, and never below 0.0001."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+    total, opts = 400, ("SOLVER.POLY_LR_POWER", 0.9, "SOLVER.POLY_LR_CONSTANT_ENDING", 0.01)
+    scheduler = poly_scheduler(optimizer, total, warmup, *opts)
+    rates = []
+    for i in range(total):
+        if i == 100:  # a run that was killed here
+            state = scheduler.state_dict()
+            scheduler = poly_scheduler(optimizer, total, warmup, *opts)
+            scheduler.load_state_dict(state)
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    expected = [max(0.01 * (1 - i / total) ** 0.9, 1e-4) for i in range(total)]
+    assert rates[warmup:] == pytest.approx(expected[warmup:], rel=1e-9)
+    assert rates[-1] == pytest.approx(1e-4) and rates[-4] > 1e-4
+    start = [0.001 + (expected[warmup] - 0.001) * i / warmup for i in range(warmup)]
+    assert rates[:warmup] == pytest.approx(start, rel=1e-9)
+
+
+def test_polynomial_settings_out_of_range_are_refused():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    for key, value in (("POWER", 0.0), ("CONSTANT_ENDING", -0.1), ("CONSTANT_ENDING", 1.5)):
+        with pytest.raises(ValueError, match=f"POLY_LR_.*{key} (is )?{value}"):
+            poly_scheduler(optimizer, 10, 0, f"SOLVER.POLY_LR_{key}", value)

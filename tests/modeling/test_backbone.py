@@ -98,6 +98,42 @@ def test_parameters_of_deep_and_wide_resnets(depth: int, multiplier: int, millio
     assert model.stem.conv1.out_channels == 64 * multiplier
 
 
+@pytest.mark.parametrize("resnet", [NARROW, R18], ids=["R50", "R18"])
+@pytest.mark.parametrize(("dilations", "strides"), [((1, 2), (16, 16)), ((2, 4), (8, 8))])
+def test_a_dilated_resnet_is_the_strided_one_evaluated_at_every_cell(
+    resnet: dict[str, Any], dilations: tuple[int, int], strides: tuple[int, int]
+) -> None:
+    """The "a trous" identity: of its cells, every second or fourth has the value of the network with strides."""
+    strided = build_backbone(make_cfg(**resnet)).eval()
+    dilated = build_backbone(make_cfg(**resnet, RES4_DILATION=dilations[0], RES5_DILATION=dilations[1])).eval()
+    dilated.load_state_dict(strided.state_dict())
+    images = noise(1, 3, 128, 128)
+    expected, actual = strided(images), dilated(images)
+    for name, stride in zip(("res4", "res5"), strides, strict=True):
+        assert dilated.output_shape()[name].stride == stride and actual[name].shape[-1] == 128 // stride
+        step = strided.output_shape()[name].stride // stride
+        torch.testing.assert_close(actual[name][..., ::step, ::step], expected[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("freeze_at", [0, 5])
+def test_one_block_as_the_output(freeze_at: int) -> None:
+    whole = build_backbone(make_cfg(**NARROW)).eval()
+    cfg = make_cfg(**NARROW, OUT_FEATURES=["res3.2"])
+    cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
+    front = build_backbone(cfg)
+    front.load_state_dict({k: v for k, v in whole.state_dict().items() if k in front.state_dict()})
+    if freeze_at == 0:
+        front.eval()
+    else:  # its statistics are fixed, too
+        assert not any(p.requires_grad for p in front.parameters())
+        assert any(isinstance(m, FrozenBatchNorm2d) for m in front.modules())
+    images = noise(2, 3, 64, 64)
+    assert front.output_shape() == {"res3.2": ShapeSpec(channels=32, stride=8)}
+    assert list(front(images)) == ["res3.2"]
+    torch.testing.assert_close(front(images)["res3.2"], features_at(whole, images, "res3.2"), rtol=1e-4, atol=1e-5)
+    assert not any(name.startswith(("res3.3", "res4", "res5")) for name in front.state_dict())
+
+
 def same_window(n: int, k: int, s: int) -> tuple[int, int]:
     """Cells that TensorFlow's 'SAME' adds before and after: its documentation, case by case."""
     total = max(k - s, 0) if n % s == 0 else max(k - n % s, 0)
@@ -201,13 +237,15 @@ def test_frozen_stages(padding: str) -> None:
         ({"DEPTH": 26}, "MODEL.RESNETS.DEPTH is 26.*200"),
         ({"PADDING": "SAME"}, 'MODEL.RESNETS.PADDING is "SAME"'),
         ({"WIDTH_MULTIPLIER": 0}, "MODEL.RESNETS.WIDTH_MULTIPLIER is 0"),
-        ({"RES5_DILATION": 4}, "MODEL.RESNETS.RES5_DILATION is 4"),
+        ({"RES5_DILATION": 4}, r"RES4_DILATION and RES5_DILATION are \(1, 4\)"),
+        ({"RES4_DILATION": 2}, r"RES4_DILATION and RES5_DILATION are \(2, 1\)"),
+        ({"OUT_FEATURES": ["res3.4"]}, r"OUT_FEATURES is \['res3.4'\].*res3.3, res4.0"),
+        ({"OUT_FEATURES": ["res3.2", "res4"]}, r"OUT_FEATURES is \['res3.2', 'res4'\].*one block"),
         (
             {"DEFORM_ON_PER_STAGE": [False, True, True, True]},
             "DEFORM_ON_PER_STAGE is .*True.*no deformable convolutions",
         ),
         ({"DEPTH": 34}, "MODEL.RESNETS.RES2_OUT_CHANNELS is 256; for ResNet-34 it must be 64"),
-        (R18 | {"RES5_DILATION": 2}, "RES5_DILATION is 2; for ResNet-18"),
         (R18 | {"NUM_GROUPS": 32}, "NUM_GROUPS is 32; for ResNet-18"),
     ],
 )

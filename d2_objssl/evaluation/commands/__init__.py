@@ -2,10 +2,13 @@
 
 from types import ModuleType
 
-from . import regions
+from . import concepts, regions, segmentation, svm
 
 COMMANDS: dict[str, ModuleType] = {
     "regions": regions,
+    "svm": svm,
+    "segmentation": segmentation,
+    "concepts": concepts,
 }
 
 __all__ = ["COMMANDS"]
