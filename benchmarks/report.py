@@ -96,12 +96,13 @@ def filled_cells(table: Table, headers: Sequence[tuple[str, str]], rows: Sequenc
     return f"Ours: {filled} of {possible} cells that can be run here are filled."
 
 
-def small_runs(folder: Path) -> tuple[list[tuple[str, str]], list[list[str]]]:
+def small_runs(folders: Sequence[Path]) -> tuple[list[tuple[str, str]], list[list[str]]]:
     """Headers and rows, as of `table_rows`, of the final results in the records transfer_*.json of `transfer.py`."""
     rows = []
-    for path in sorted(folder.glob("transfer_*.json")):
+    for path in (p for folder in folders for p in sorted(folder.glob("transfer_*.json"))):
         record = json.loads(path.read_text())
-        task = f"{record['task']} [{path.stem}]"
+        changed = " ".join(record["finetune_opts"])
+        task = f"{record['task']}{', ' if changed else ''}{changed} ({path.name})"
         for method, curves in record["results"].items():
             final = {metric: values[max(values, key=int)] for metric, values in curves.items()}
             seeds = max(len(values) for values in final.values())
@@ -115,9 +116,13 @@ def main(argv: list[str] | None = None) -> int:
     """Render all tables; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--records", type=Path, nargs="+", default=[RESULTS], metavar="DIR", help="default: %(default)s"
+        "--records", type=Path, nargs="+", default=[RESULTS], metavar="DIR", help="default: benchmarks/results"
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/tables"), metavar="DIR")
+    names = sorted(path.stem for path in PAPER_TABLES.glob("*.yaml"))
+    parser.add_argument(
+        "--tables", nargs="+", choices=names, default=names, metavar="NAME", help="default: all papers'"
+    )
     args = parser.parse_args(argv)
     try:
         records = load_records(args.records)
@@ -126,13 +131,13 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(records)} records")
     args.output.mkdir(parents=True, exist_ok=True)
     index = []
-    for name in sorted(path.stem for path in PAPER_TABLES.glob("*.yaml")):
+    for name in args.tables:
         table = load_table(name)
         headers, rows = table_rows(table, records)
         (args.output / f"{name}.md").write_text(markdown(table, headers, rows))
         draw_table(args.output / f"{name}.png", f"{table.title}\n{table.source}", headers, rows)
         index.append([f"[{name}]({name}.md)", table.title, table.source, filled_cells(table, headers, rows)])
-    headers, rows = small_runs(args.records[0])
+    headers, rows = small_runs(args.records)
     title = "Small runs: an equal, short schedule from several initialisations (mean ± standard error of the seeds)"
     small = tabulate(rows, [name for name, _ in headers], tablefmt="pipe", disable_numparse=True)
     (args.output / "small_runs.md").write_text(f"# {title}\n\n{small}\n")

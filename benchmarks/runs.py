@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN_NET = ROOT / "tools/train_net.py"
 CONVERT = ROOT / "tools/convert_checkpoint.py"
+EVALUATE = ROOT / "tools/evaluate.py"
 PERIOD_S = 20.0  # between two lines of progress
 
 
@@ -54,7 +55,7 @@ class Run:
 
 def training(name: str, config: str, output: Path, overrides: list[str], num_gpus: int = 1) -> Run:
     """A call of tools/train_net.py with a config file, relative to the checkout, and KEY VALUE overrides."""
-    arguments = [str(TRAIN_NET), "--resume", "--config-file", str(ROOT / config)]
+    arguments = [os.path.relpath(TRAIN_NET), "--resume", "--config-file", os.path.relpath(ROOT / config)]
     if num_gpus > 1:
         arguments += ["--num-gpus", str(num_gpus)]
     return Run(name, output, [*arguments, "OUTPUT_DIR", str(output), *overrides])
@@ -63,7 +64,7 @@ def training(name: str, config: str, output: Path, overrides: list[str], num_gpu
 def conversion(pretraining: Run) -> tuple[Run, Path]:
     """The conversion, with its check, of what a run has pretrained; and the file of Detectron2 weights that it writes."""
     weights = pretraining.output / "backbone.pkl"
-    arguments = [str(CONVERT), str(pretraining.output / "model_final.pth"), str(weights), "--verify"]
+    arguments = [os.path.relpath(CONVERT), str(pretraining.output / "model_final.pth"), str(weights), "--verify"]
     return Run(f"convert {pretraining.name}", pretraining.output / "conversion", arguments), weights
 
 

@@ -60,28 +60,24 @@ def _stack(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
     return np.concatenate(padded)
 
 
-def draw_concepts(
-    rows: Sequence[tuple[str, Sequence[tuple[np.ndarray, np.ndarray | None, str]]]], side: int = 112
-) -> np.ndarray:
+def draw_concepts(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray | None, str]]], side: int = 112) -> np.ndarray:
     """Contact sheet with a row for each prototype: its segments, marked in red.
 
     Args:
-        rows: for each prototype its title and its segments, the best first: (S, S, 3) uint8 RGB image, (S, S) bool mask
-            or None for the whole image, caption. The title is written over the first segment, before its caption.
+        rows: for each prototype its segments, the best first: (S, S, 3) uint8 RGB image, (S, S) bool mask or None for the
+            whole image, caption.
         side: of an image in the sheet, pixels.
 
     Returns:
         (H, W, 3) uint8 RGB.
     """
-    num_columns = max(len(segments) for _, segments in rows)
+    num_columns = max(len(segments) for segments in rows)
     tiles, captions = [], []
-    for title, segments in rows:
-        for image, mask, caption in segments:
-            marked = image if mask is None else mark_red(image, mask)
-            tiles.append(resize_longer_side(marked, side))
-            captions.append(caption)
-        captions[-len(segments)] = f"{title}, {captions[-len(segments)]}"
+    for segments in rows:
         blank = num_columns - len(segments)
+        for image, mask, caption in segments:
+            tiles.append(resize_longer_side(image if mask is None else mark_red(image, mask), side))
+            captions.append(caption)
         tiles += [np.full((side, side, 3), 255, dtype=np.uint8)] * blank
         captions += [""] * blank
     return contact_sheet(tiles, num_columns, captions)
@@ -120,6 +116,7 @@ def plot_prototype_use(active_histogram: np.ndarray, images_per_prototype: np.nd
     title = f"{np.count_nonzero(used == 0)} of {len(used)} prototypes are dead; {num_images} images"
     right.set(title=title, xlabel="prototypes, by use", ylabel="images in which active")
     for axes in (left, right):
+        axes.locator_params(axis="y", integer=True)
         axes.spines[["top", "right"]].set_visible(False)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

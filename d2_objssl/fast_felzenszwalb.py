@@ -145,7 +145,7 @@ def _number(parents: np.ndarray) -> np.ndarray:
     ids = np.empty_like(parents)
     count = 0
     for pixel in range(parents.size):
-        root = _find(parents, pixel)
+        root = _find(parents, np.int32(pixel))
         if root == pixel:  # the first pixel of its region
             ids[pixel] = count
             count += 1

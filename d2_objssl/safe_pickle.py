@@ -12,6 +12,7 @@ import collections
 import io
 import pickle
 import re
+import tarfile
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -43,6 +44,8 @@ def load_torch(path: str, *, mmap: bool) -> Any:
         RefusedError: if it holds anything but containers, numbers, strings, arrays and tensors.
         Exception: of any kind, if it is damaged.
     """
+    if tarfile.is_tarfile(path):
+        raise RefusedError("PyTorch before 0.1.10 wrote it, as a tar archive; save it again with a newer version")
     return _resolve(_torch_load(path, mmap=mmap), set())
 
 

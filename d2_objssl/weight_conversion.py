@@ -155,9 +155,10 @@ def write_conversion(conversion: Conversion, path: str) -> int:
 def describe(conversion: Conversion, path: str) -> str:
     """What was taken, what was left out, and how the file `path` is to be loaded, as text."""
     layout, network, contract = conversion.layout, conversion.network, conversion.contract
-    origin = [part for part in (network.project, network.branch) if part]
+    origin = ", ".join(part for part in (network.project, network.branch, f"{layout} names") if part)
+    place = f' behind "{network.prefix}"' if network.prefix else ""
     lines = [
-        f'{conversion.path}: {", ".join([*origin, f"{layout} names"])} behind "{network.prefix}"',
+        f"{conversion.path}: {origin}{place}",
         f"{path}: {_network_name(contract)} with {conversion.target} names",
     ]
     known, unknown = left_out_names(conversion.checkpoint, layout, branch=network.branch)

@@ -173,7 +173,10 @@ def _read(local: str, name: str, mmap: bool) -> Any:
         return _read_npy(local)
     if name.endswith(".npz"):
         with np.load(local, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
+            arrays = {key: archive[key] for key in archive.files}
+        if not all(isinstance(value, np.ndarray) for value in arrays.values()):
+            raise RefusedError("it is another archive than one of numpy.savez")
+        return arrays
     if name.endswith(".safetensors"):
         try:
             from safetensors.torch import load_file

@@ -138,6 +138,8 @@ def _inject(trainer: Trainer, kind: str, number: int) -> contextlib.AbstractCont
     """Prepare a fault: see `run_in_child`."""
     if kind == "step":
         trainer.register_hooks([_AtStep(number, lambda: _kill_soon(number))])
+    if kind == "hang":
+        trainer.register_hooks([_AtStep(number, threading.Event().wait)])
     if kind == "write":
         return mock.patch("torch.save", _half_a_checkpoint(number))
     if kind == "rename":
@@ -189,7 +191,7 @@ def run_in_child(cfg: CfgNode, photos: Path, *, resume: bool = False, fault: tup
     Args:
         fault: "step": within a tenth of a second after the start of iteration N. "write": when half of the checkpoint of
             iteration N is written. "rename": when it is there, but `last_checkpoint` does not name it. "bootstrap": in
-            clustering N of the process. "evaluation": at its batch N. "none".
+            clustering N of the process. "evaluation": at its batch N. "none"; "hang": before step N, for ever.
     """
     process = start_child(cfg, photos, resume=resume, fault=fault)
     process.join(timeout=120)

@@ -55,7 +55,7 @@ def slotcon(student: State, teacher: State) -> dict[str, Any]:
 def cyborgs(student: State, teacher: State) -> dict[str, Any]:
     model = below("net.", student) | below("online_encoder.net.", student)
     model |= below("target_encoder.net.", teacher, "projector.net.0.weight")
-    return {"model": model | keys("online_predictor.net.0.weight"), "optimizer": {"state": {}}, "epoch": 1}
+    return {"state_dict": model | keys("online_predictor.net.0.weight"), "optimizer": {"state": {}}, "epoch": 1}
 
 
 def moco(student: State, teacher: State) -> dict[str, Any]:
@@ -68,6 +68,12 @@ def moco_v3(student: State, teacher: State) -> dict[str, Any]:
     state = below("module.base_encoder.", bare(student), "fc.0.weight", "fc.1.running_mean")
     state |= below("module.momentum_encoder.", bare(teacher), "fc.0.weight")
     return {"epoch": 100, "arch": "resnet50", "state_dict": state | keys("module.predictor.0.weight"), "scaler": {}}
+
+
+def semcl(student: State, teacher: State) -> dict[str, Any]:
+    """MoCo v3's names, as one process writes them."""
+    content = moco_v3(student, teacher)
+    return content | {"state_dict": {name.removeprefix("module."): v for name, v in content["state_dict"].items()}}
 
 
 def densecl(student: State, teacher: State) -> dict[str, Any]:
@@ -149,7 +155,7 @@ def mmdetection(student: State, teacher: State) -> dict[str, Any]:
 LAYOUTS: dict[str, Layout] = {
     "SlotCon": Layout(".pth", "SlotCon", "teacher", slotcon),
     "CYBORGS": Layout(".pth", "CYBORGS or byol-pytorch", "student", cyborgs),
-    "SemCL": Layout(".pth.tar", "MoCo v3 or SemCL", "student", moco_v3),
+    "SemCL": Layout(".pth.tar", "MoCo v3 or SemCL", "student", semcl),
     "MoCo v1 or v2": Layout(".pth.tar", "MoCo v1 or v2", "student", moco),
     "MoCo v3": Layout(".pth.tar", "MoCo v3 or SemCL", "student", moco_v3),
     "DenseCL, of training": Layout(".pth", "DenseCL", "student", densecl),

@@ -1,42 +1,19 @@
 """The configs of Cascade R-CNN: values of their protocols, and tiny versions of them train."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import CascadeROIHeads
+from tiny_detection import load, narrow, narrow_run
 from tiny_runs import train
-from tiny_slotcon import REPO_ROOT
 
-from d2_objssl import add_objssl_config
 from d2_objssl.engine import resolve_norms
 
 COCO = "configs/finetune/COCO/cascade_mask_rcnn_R_50_FPN_1x.yaml"
 VOC = "configs/finetune/VOC/cascade_rcnn_R_50_FPN_24k.yaml"
 CITYSCAPES = "configs/finetune/Cityscapes/cascade_mask_rcnn_R_50_FPN_24k.yaml"
 CONFIGS = [COCO, VOC, CITYSCAPES]
-
-
-def load(config: str, *opts: Any) -> CfgNode:
-    cfg = get_cfg()
-    add_objssl_config(cfg)
-    cfg.merge_from_file(str(REPO_ROOT / config))
-    cfg.merge_from_list(list(opts))
-    cfg.freeze()
-    return cfg
-
-
-def narrow(config: str, *opts: Any) -> CfgNode:
-    """The config with blocks of 4 to 32 channels, few proposals and small images, on the CPU."""
-    tiny: list[Any] = ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.STEM_OUT_CHANNELS", 8]
-    tiny += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "MODEL.RESNETS.WIDTH_PER_GROUP", 4, "MODEL.FPN.OUT_CHANNELS", 16]
-    tiny += ["MODEL.RPN.CONV_DIMS", [16], "MODEL.RPN.PRE_NMS_TOPK_TRAIN", 100, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 50]
-    tiny += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 32]
-    tiny += ["MODEL.ROI_MASK_HEAD.CONV_DIM", 16, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1]
-    tiny += ["INPUT.MIN_SIZE_TRAIN", (64,), "DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2]
-    return load(config, *tiny, *opts)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -80,25 +57,9 @@ def test_model_has_three_box_heads_and_masks_where_there_are_labels_for_them(con
     assert [p.cls_score.out_features for p in heads.box_predictor] == [cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1] * 3
 
 
-@pytest.mark.parametrize(
-    ("config", "dataset"),
-    [(COCO, "scenes_tiny_train"), (VOC, "scenes_tiny_train_voc"), (CITYSCAPES, "scenes_tiny_train")],
-)
-def test_tiny_version_trains(config: str, dataset: str, tmp_path: Path) -> None:
-    run = [
-        "DATASETS.TRAIN",
-        (dataset,),
-        "DATASETS.TEST",
-        (),
-        "SOLVER.MAX_ITER",
-        2,
-        "SOLVER.STEPS",
-        (),
-        "SOLVER.WARMUP_ITERS",
-        1,
-    ]
-    run += ["TEST.PRECISE_BN.NUM_ITER", 2, "OUTPUT_DIR", str(tmp_path)]
-    losses = train(narrow(config, *run))
+@pytest.mark.parametrize("config", CONFIGS)
+def test_tiny_version_trains(config: str, tmp_path: Path) -> None:
+    losses = train(narrow_run(config, tmp_path))
     assert sorted(losses) == [0, 1]
     boxes = {f"loss_{kind}_stage{i}" for kind in ("cls", "box_reg") for i in range(3)}
     expected = boxes | {"loss_rpn_cls", "loss_rpn_loc", "total_loss"} | ({"loss_mask"} if config != VOC else set())

@@ -10,6 +10,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 
 from d2_objssl.config import add_objssl_config
+from d2_objssl.data import register_image_folders
 from d2_objssl.engine import resolve_norms, resolve_schedule
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +64,7 @@ def test_backbone_contract(config):
     assert cfg.MODEL.PIXEL_MEAN == [123.675, 116.28, 103.53]
     assert cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]
     assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 is False
-    assert cfg.MODEL.BACKBONE.FREEZE_AT == 0
+    assert cfg.MODEL.BACKBONE.FREEZE_AT == (5 if "_frozen_" in config or "/linear_" in config else 0)
     norms = {k: v for k, v in flatten(cfg).items() if k.endswith(".NORM")}
     assert norms["MODEL.RESNETS.NORM"] == "SyncBN"
     assert "FrozenBN" not in norms.values()
@@ -99,6 +100,7 @@ def test_pretraining_runs_do_not_share_a_folder():
 def test_datasets_are_in_the_catalog(config):
     cfg = load(config)
     assert cfg.DATASETS.TRAIN
+    register_image_folders([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         assert name in DatasetCatalog, name
 
@@ -288,13 +290,16 @@ def test_swin_transformers_of_semcl(config, embed_dim, depths, num_heads, drop_p
 # -------------------------------------------------------------------------------------------- fine-tuning's values
 
 
-@pytest.mark.parametrize("config", [c for c in FINETUNE if "/COCO/" in c])
+@pytest.mark.parametrize("config", [c for c in FINETUNE if "/COCO/" in c and "_detcon_" not in c])
 def test_coco_protocol(config):
     cfg = load(config)
     assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("coco_2017_train",), ("coco_2017_val",))
     optimizer = ("ADAMW", 16, 1e-4) if "_swin_" in config else ("SGD", 16, 0.02)
     assert (cfg.SOLVER.OPTIMIZER, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == optimizer
-    assert (cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.WARMUP_ITERS) == ("WarmupMultiStepLR", 1000)
+    assert (cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.WARMUP_ITERS) == (
+        "WarmupMultiStepLR",
+        100 if "_C4_" in config else 1000,
+    )
     expected = {"1x": ((60_000, 80_000), 90_000), "2x": ((120_000, 160_000), 180_000)}[Path(config).stem[-2:]]
     assert (cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER) == expected
     assert cfg.SOLVER.MAX_EPOCHS == cfg.SOLVER.REFERENCE_BATCH == 0
@@ -302,7 +307,7 @@ def test_coco_protocol(config):
     assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TEST) == (800, 1333, 1333)
     assert cfg.TEST.PRECISE_BN.ENABLED
     assert cfg.MODEL.MASK_ON
-    assert cfg.MODEL.FPN.NORM == "SyncBN"
+    assert cfg.MODEL.FPN.NORM == ("" if "_C4_" in config else "SyncBN")
     assert cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS  # Detectron2's, and everybody's, for detection
 
 

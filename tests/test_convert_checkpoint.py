@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +21,7 @@ from PIL import Image
 from tiny_slotcon import tiny_cfg, tiny_model
 from torch import nn
 
+from d2_objssl import weight_conversion
 from d2_objssl.checkpoint import (
     ObjSSLCheckpointer,
     checkpoint_metadata,
@@ -31,17 +32,12 @@ from d2_objssl.checkpoint import (
     write_checkpoint,
 )
 from d2_objssl.config import add_objssl_config
+from d2_objssl.weight_comparison import read_inputs
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "convert_checkpoint.py"
 
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
+    return load_tool("convert_checkpoint")
 
 
 def make_cfg(depth: int = 18, **resnet: Any) -> CfgNode:
@@ -167,6 +163,7 @@ def test_branch_of_a_pretraining_checkpoint(
     assert (metadata["method"], metadata["export_branch"]) == ("SlotCon", taken)
     assert metadata["input_contract"] == source["d2_objssl"]["input_contract"]
     source_of = {"file": "model_final.pth", "layout": "d2_objssl", "prefix": f"{taken}.backbone."}
+    source_of |= {"project": "SlotCon of this package"}
     assert metadata["source"] == source_of | {"padding": "symmetric"}
 
 
@@ -281,7 +278,7 @@ def test_verify_notices_a_wrong_network(
         a, b = "res4.0.conv1.norm.bias", "res4.0.conv2.norm.bias"
         return bare | {a: bare[b], b: bare[a]}
 
-    monkeypatch.setattr(tool, "to_detectron2", exchange)
+    monkeypatch.setattr(weight_conversion, "to_detectron2", exchange)
     assert tool.main([str(pretraining_file), str(tmp_path / "b.pkl"), "--verify"]) == 1
     assert re.findall(r"^res\d .*(yes|NO)$", capsys.readouterr().out, re.MULTILINE) == ["yes", "yes", "NO", "NO"]
 
@@ -298,7 +295,7 @@ def test_verify_on_a_picture(
     assert "(64, 10, 18)" in printed
     contract = load_checkpoint(tmp_path / "b.pkl")["d2_objssl"]["input_contract"]
     expected = (pixels.astype(np.float32) - contract["pixel_mean"]) / contract["pixel_std"]
-    (image,) = tool.read_inputs(str(tmp_path / "a.png"), contract)
+    (image,) = read_inputs(str(tmp_path / "a.png"), contract)
     np.testing.assert_allclose(image[0].permute(1, 2, 0), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -21,6 +21,7 @@ from detectron2.modeling import ResNet, build_backbone, build_model
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 
+from d2_objssl import weight_conversion
 from d2_objssl.checkpoint import (
     CheckpointError,
     ObjSSLCheckpointer,
@@ -446,6 +447,6 @@ def test_verification_notices_statistics_that_are_not_corrected(
     path = save(tmp_path / "a.npy", params, state)
     mixed_up = {m: collections.OrderedDict(leaves, average=leaves["hidden"]) for m, leaves in state.items()}
     wrong = to_detectron2({"params": params, "state": mixed_up})
-    monkeypatch.setattr(tool, "to_detectron2", lambda *_, **__: wrong)
+    monkeypatch.setattr(weight_conversion, "to_detectron2", lambda *_, **__: wrong)
     assert tool.main([str(path), str(tmp_path / "b.pkl"), "--verify"]) == 1
     assert equal_column(capsys.readouterr().out) == ["NO"] * 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import sys
@@ -33,6 +34,7 @@ from d2_objssl.checkpoint import (
     to_detectron2,
     write_checkpoint,
 )
+from d2_objssl.weight_conversion import Conversion
 from d2_objssl.weight_names_swin import infer_swin
 
 PACKAGES = ["torchvision", "timm", "timm features", "swin"]
@@ -186,7 +188,7 @@ def test_tool_converts_and_compares(
     assert tool.main([str(tmp_path / "a.pth"), str(output), "--verify", "--image", picture]) == 0
     printed = capsys.readouterr().out
     check_stages(printed)
-    assert "Swin Transformer of 8 channels and 1-2-2-2 blocks" in printed and f"({package} names" in printed
+    assert "Swin Transformer of 8 channels and 1-2-2-2 blocks" in printed and f"{package} names" in printed
     content = load_checkpoint(output)
     assert len(content["model"]) == len(to_detectron2(source_state(package)))
     statistics = {"pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.395, 57.12, 57.375]}
@@ -224,14 +226,15 @@ def test_tool_notices_other_weights(
 ) -> None:
     """The comparison fails if the four quarters of a merged cell were taken in another order."""
     torch.save(source_state("torchvision"), tmp_path / "a.pth")
-    write = tool.write_output
+    write = tool.write_conversion
 
-    def swap_quarters(path: str, backbone: dict[str, Tensor], *args: Any) -> int:
-        weight = backbone["layers.2.downsample.reduction.weight"]
+    def swap_quarters(conversion: Conversion, path: str) -> int:
+        weight = conversion.backbone["layers.2.downsample.reduction.weight"]
         swapped = torch.cat([weight.chunk(4, dim=1)[i] for i in (0, 2, 1, 3)], dim=1)
-        return write(path, backbone | {"layers.2.downsample.reduction.weight": swapped}, *args)
+        backbone = {**conversion.backbone, "layers.2.downsample.reduction.weight": swapped}
+        return write(dataclasses.replace(conversion, backbone=backbone), path)
 
-    monkeypatch.setattr(tool, "write_output", swap_quarters)
+    monkeypatch.setattr(tool, "write_conversion", swap_quarters)
     assert tool.main([str(tmp_path / "a.pth"), str(tmp_path / "b.pkl"), "--verify"]) == 1
     verdicts = re.findall(r"^(res\d) .* (yes|NO)$", capsys.readouterr().out, re.MULTILINE)
     assert verdicts == [("res2", "yes"), ("res3", "yes"), ("res4", "yes"), ("res5", "NO")]

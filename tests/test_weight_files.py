@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import sys
+import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -91,6 +92,13 @@ def test_files_of_torch_save_are_read(tmp_path: Path, suffix: str, zipped: bool,
     assert as_plain(load_checkpoint(path, mmap=mmap)) == as_plain(content)
 
 
+def test_safetensors_are_read(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors.torch").save_file({"w": torch.arange(4.0)}, tmp_path / "a.safetensors")
+    assert as_plain(load_checkpoint(tmp_path / "a.safetensors")) == {
+        "w": ("Tensor", "torch.float32", [0.0, 1.0, 2.0, 3.0])
+    }
+
+
 def test_other_formats_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez(tmp_path / "a.npz", **ARRAYS)
     assert as_plain(load_checkpoint(tmp_path / "a.npz")) == as_plain(ARRAYS)
@@ -140,6 +148,18 @@ def numpy_bytes(content: Any, is_archive: bool) -> bytes:
     return buffer.getvalue()
 
 
+def tar_bytes(content: Any) -> bytes:
+    """A tar archive with the parts of what torch.save wrote before version 0.1.10."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:") as archive:
+        for name in ("sys_info", "pickle", "tensors", "storages"):
+            raw = pickle.dumps(content, protocol=2)
+            member = tarfile.TarInfo(name)
+            member.size = len(raw)
+            archive.addfile(member, io.BytesIO(raw))
+    return buffer.getvalue()
+
+
 EVIL_FILES: dict[str, tuple[str, Callable[[Any], bytes]]] = {
     "zip": (".pth", lambda evil: torch_bytes({"model": {"w": evil}})),
     "legacy": (".pth.tar", lambda evil: torch_bytes({"model": {"w": evil}}, zipped=False)),
@@ -151,6 +171,11 @@ EVIL_FILES: dict[str, tuple[str, Callable[[Any], bytes]]] = {
     "object_array": (".pkl", lambda evil: pickle.dumps({"w": np.array([evil], dtype=object)})),
     "storage": (".pkl", lambda evil: pickle.dumps({"w": EvilBytes(torch_bytes(evil))})),
     "legacy_storage": (".pkl", lambda evil: pickle.dumps({"w": EvilBytes(torch_bytes(evil, zipped=False))})),
+    "zip_tar": (".pth.tar", lambda evil: torch_bytes({"state_dict": {"w": evil}})),
+    "tar": (".pth.tar", lambda evil: tar_bytes(evil)),
+    "zip_as_npz": (".npz", lambda evil: torch_bytes({"w": evil})),
+    "namespace": (".pth", lambda evil: torch_bytes({"args": argparse.Namespace(resume=evil)})),
+    "safetensors": (".safetensors", lambda evil: torch_bytes(evil)),
     "npy": (".npy", lambda evil: numpy_bytes(evil, is_archive=False)),
     "npz": (".npz", lambda evil: numpy_bytes(evil, is_archive=True)),
 }
@@ -165,7 +190,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, kind: str) -> Non
         load_checkpoint(path)
     assert not (tmp_path / "made").exists()
     assert "weights_only" not in str(caught.value)  # PyTorch's message tells how to run the code all the same
-    if kind in ("zip", "legacy", "pt", "ckpt", "pyth", "pickle", "zip_as_pickle"):
+    if kind in ("zip", "legacy", "pt", "ckpt", "pyth", "pickle", "zip_as_pickle", "zip_tar", "namespace"):
         assert f"{os.mkdir.__module__}.mkdir" in str(caught.value)
 
 

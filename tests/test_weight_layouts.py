@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import os
 import pickle
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_resnet_backbone
@@ -21,10 +23,8 @@ from released_layouts import LAYOUTS, bare, below, keys
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from d2_objssl.checkpoint import CheckpointError, detect_layout, from_detectron2, load_checkpoint, to_detectron2
-from d2_objssl.weight_comparison import build_package, build_torchvision
+from d2_objssl.checkpoint import CheckpointError, detect_layout, load_checkpoint, to_detectron2
 from d2_objssl.weight_conversion import (
-    TARGETS,
     Conversion,
     describe,
     mmdetection_config,
@@ -32,8 +32,6 @@ from d2_objssl.weight_conversion import (
     write_conversion,
 )
 from d2_objssl.weight_names import find_network, left_out_names
-
-Features = dict[str, Tensor]
 
 
 class NarrowResNet50(ResNet):
@@ -126,11 +124,10 @@ def test_lone_network_may_only_be_asked_for_by_its_own_branch(networks: dict[str
 def test_what_a_conversion_leaves_out_is_counted(networks: dict[str, NarrowResNet50]) -> None:
     student, teacher = (networks[branch].state_dict() for branch in ("student", "teacher"))
     content = LAYOUTS["MoCo v1 or v2"].content(student, teacher)
-    content["state_dict"] |= keys("module.encoder_q.layer5.0.conv1.weight") | keys("module.attention.q.weight")
-    content["state_dict"].pop("module.encoder_q.layer5.0.conv1.weight")
+    content["state_dict"] |= keys("module.attention.q.weight", "module.encoder_q.se.weight")
     known, unknown = left_out_names(content, "torchvision")
     assert known == {"encoder_k": len(bare(teacher)) + 2, "fc": 2, "queue": 1, "queue_ptr": 1}
-    assert unknown == {"attention": 1}
+    assert unknown == {"attention": 1, "se": 1}
 
 
 @pytest.mark.parametrize(
@@ -178,25 +175,22 @@ def byol_file(monkeypatch: pytest.MonkeyPatch, path: Path, trees: list[Any], mom
 
 def haiku_trees(net: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parameters and states of a network, as haiku's ResNet50 names them."""
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = {"projector/linear": {"w": np.ones((2, 2), np.float32)}}
     state: dict[str, Any] = {}
     for name, value in to_detectron2(net.state_dict()).items():
-        stage, _, rest = name.partition(".")
-        block, _, module = rest.partition(".") if stage != "stem" else ("", "", rest)
-        conv, _, leaf = module.partition(".")
-        kind = "batchnorm" if leaf.startswith("norm") else "conv"
-        part = "initial" if stage == "stem" else f"block_group_{int(stage[3]) - 2}/~/block_{block}/~"
-        inner = {"shortcut": f"/shortcut_{kind}"}.get(conv, f"/{kind}_{int(conv[4]) - 1}" if conv[:4] == "conv" else "")
-        full = "res_net50/~/" + (f"initial_{kind}" if stage == "stem" else part + inner)
-        array, key = value.float().numpy(), leaf.removeprefix("norm.")
-        if kind == "conv":
-            params.setdefault(full, {})["w"] = array.transpose(2, 3, 1, 0)
+        array = value.float().numpy()
+        *block, conv, leaf = re.fullmatch(r"(?:stem|res(\d)\.(\d+))\.(conv\d|shortcut)\.(.*)", name).groups()  # type: ignore
+        kind, key = ("batchnorm", leaf.removeprefix("norm.")) if leaf.startswith("norm") else ("conv", "w")
+        module = f"shortcut_{kind}" if conv == "shortcut" else f"{kind}_{int(conv[4]) - 1}"
+        part = f"block_group_{int(block[0]) - 2}/~/block_{block[1]}/~/{module}" if block[0] else f"initial_{kind}"
+        if key == "w":
+            params[f"res_net50/~/{part}"] = {"w": array.transpose(2, 3, 1, 0)}
         elif key in ("weight", "bias"):
-            params.setdefault(full, {})["scale" if key == "weight" else "offset"] = array.reshape(1, 1, 1, -1)
+            leaves = params.setdefault(f"res_net50/~/{part}", {})
+            leaves[{"weight": "scale", "bias": "offset"}[key]] = array.reshape(1, 1, 1, -1)
         elif key != "num_batches_tracked":
-            average = {"average": array.reshape(1, 1, 1, -1), "hidden": array * 0}
-            state[f"{full}/~/{key.removeprefix('running_')}_ema"] = average
-    params["projector/linear"] = {"w": np.ones((2, 2), np.float32)}
+            average = {"average": array.reshape(1, 1, 1, -1), "hidden": 0 * array}
+            state[f"res_net50/~/{part}/~/{key.removeprefix('running_')}_ema"] = average
     return params, state
 
 
@@ -236,11 +230,8 @@ def test_code_in_a_file_of_byol_is_refused_and_not_run(monkeypatch: pytest.Monke
         def __init__(self, *args: Any) -> None:
             os.mkdir(tmp_path / "made")
 
-    called = Call(in_module(monkeypatch, "optax._src", HarmState), "x")
-    (tmp_path / "b.pkl").write_bytes(
-        pickle.dumps({"w": np.ones(1), "state": called}).replace(b"test_code", b"test_code")
-    )
     HarmState.__qualname__ = "HarmState"
+    called = Call(in_module(monkeypatch, "optax._src", HarmState), "x")
     (tmp_path / "b.pkl").write_bytes(pickle.dumps({"w": np.ones(1), "state": called}))
     assert load_checkpoint(tmp_path / "b.pkl")["state"] == ()
     assert not (tmp_path / "made").exists()
@@ -276,28 +267,16 @@ def test_way_to_a_package_and_back_is_exact(tmp_path: Path, networks: dict[str, 
     assert conversion.contract.items() >= CONTRACT.items()
 
 
-def resnet(depth: int, **changes: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A contract, and the names and shapes of its network, all in one tensor's memory (expanded zeros)."""
-    contract = CONTRACT | {"depth": depth, "stem_out_channels": 64, "res2_out_channels": 256 if depth >= 50 else 64}
-    contract |= {"num_groups": 1, "width_per_group": 64} | changes
-    with torch.device("meta"):
-        shapes = build_torchvision(contract).state_dict()
-    return contract, {name: torch.zeros(()).expand(value.shape) for name, value in bare(shapes).items()}
-
-
 def test_mmdetection_file_has_the_keys_of_its_resnet_and_comes_back(tmp_path: Path) -> None:
     """mmdetection's ResNet has the keys of torchvision's; its loader takes "state_dict", and only warns of others."""
-    contract, names = resnet(18)
-    state = {name: torch.rand(value.shape) for name, value in names.items()}
-    conversion, path = convert(
-        tmp_path, {"model": to_detectron2(state), "d2_objssl": {"input_contract": contract}}, "mmdetection"
-    )
+    resnet = torchvision.models.resnet18()
+    content = {"model": to_detectron2(resnet.state_dict()), "d2_objssl": {"input_contract": CONTRACT}}
+    conversion, path = convert(tmp_path, content, "mmdetection")
     written = torch.load(path, weights_only=True)["state_dict"]
-    missing, unexpected = build_torchvision(contract).load_state_dict(written, strict=False)
-    assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
-    assert all(torch.equal(written[name], value) for name, value in state.items())
+    assert resnet.load_state_dict(written, strict=False) == (["fc.weight", "fc.bias"], [])
     back = to_detectron2(load_checkpoint(path))
-    assert all(torch.equal(back[name], value) for name, value in conversion.backbone.items())
+    assert back.keys() == content["model"].keys()
+    assert all(torch.equal(back[name], value) for name, value in content["model"].items())
     printed = describe(conversion, str(path))
     assert f"checkpoint={str(path)!r}" in printed and "style='pytorch'" in printed and "bgr_to_rgb=True" in printed
     with pytest.raises(ValueError, match=r"a\.pkl: mmdetection reads files of torch\.save"):
@@ -305,12 +284,10 @@ def test_mmdetection_file_has_the_keys_of_its_resnet_and_comes_back(tmp_path: Pa
 
 
 def test_mmdetection_config_says_what_the_contract_says() -> None:
-    caffe = CONTRACT | {"format": "BGR", "pixel_mean": [103.53, 116.28, 123.675], "pixel_std": [1.0] * 3}
-    text = mmdetection_config(
-        caffe | {"stride_in_1x1": True, "depth": 101, "num_groups": 32, "width_per_group": 8}, "a.pth"
-    )
-    values = {}
-    exec(text.replace("a.pth", "b.pth"), values)  # it is Python
+    contract = {"format": "BGR", "pixel_mean": [103.53, 116.28, 123.675], "pixel_std": [1.0] * 3, "stride_in_1x1": True}
+    text = mmdetection_config(contract | {"depth": 101, "num_groups": 32, "width_per_group": 8}, "b.pth")
+    values: dict[str, Any] = {}
+    exec(text, values)  # it is Python
     assert values["backbone"] == {
         **{"type": "ResNeXt", "depth": 101, "groups": 32, "base_width": 8, "style": "caffe"},
         "init_cfg": {"type": "Pretrained", "checkpoint": "b.pth"},
@@ -320,36 +297,35 @@ def test_mmdetection_config_says_what_the_contract_says() -> None:
     assert values["img_norm_cfg"] == statistics | {"to_rgb": False}
 
 
-def test_caffe_style_strides_in_the_first_convolution() -> None:
-    contract, names = resnet(50, stride_in_1x1=True, padding="symmetric")
-    model = build_package("mmdetection", names, contract)
-    strides = [(m.conv1.stride[0], m.conv2.stride[0]) for m in model.modules() if isinstance(m, Bottleneck)]
-    assert strides or {(2, 1), (1, 1)}.issuperset(strides)
+@pytest.mark.slow
+def test_strides_in_the_1x1_become_mmdetections_style_caffe(
+    load_tool: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    state = to_detectron2(torchvision.models.resnet50().state_dict())
+    torch.save(
+        {"model": state, "d2_objssl": {"input_contract": CONTRACT | {"stride_in_1x1": True}}}, tmp_path / "a.pth"
+    )
+    arguments = [str(tmp_path / name) for name in ("a.pth", "b.pth")] + ["--to", "mmdetection", "--verify"]
+    assert load_tool("convert_checkpoint").main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "style='caffe'" in printed and printed.count(" yes") == 4
 
 
 @pytest.mark.parametrize(
-    ("depth", "changes", "target", "message"),
+    ("changes", "target", "message"),
     [
-        (50, {"stride_in_1x1": True}, "timm", "strides in its 1x1"),
-        (50, {"stride_in_1x1": None}, "torchvision", r"--config-file \(MODEL.RESNETS.STRIDE_IN_1X1"),
-        (50, {"stride_in_1x1": None}, "mmdetection", r"--config-file \(MODEL.RESNETS.STRIDE_IN_1X1"),
-        (18, {"pixel_mean": None}, "mmdetection", "does not tell its pixel_mean"),
-        (50, {"padding": "same"}, "mmdetection", "--padding symmetric"),
-        (50, {"width_per_group": 128}, "mmdetection", "no ResNet-50 of these widths"),
-        (200, {}, "mmdetection", "no ResNet-200 of these widths"),
+        ({"stride_in_1x1": True}, "timm", "strides in its 1x1"),
+        ({"stride_in_1x1": None}, "torchvision", r"--config-file \(MODEL.RESNETS.STRIDE_IN_1X1"),
+        ({"stride_in_1x1": None}, "mmdetection", r"--config-file \(MODEL.RESNETS.STRIDE_IN_1X1"),
+        ({"pixel_mean": None}, "mmdetection", "does not tell its pixel_mean"),
+        ({"padding": "same"}, "mmdetection", "--padding symmetric"),
+        ({}, "mmdetection", "no ResNet-50 of these widths"),
     ],
 )
 def test_what_a_package_computes_otherwise_is_refused(
-    tmp_path: Path, depth: int, changes: dict[str, Any], target: str, message: str
+    tmp_path: Path, networks: dict[str, NarrowResNet50], changes: dict[str, Any], target: str, message: str
 ) -> None:
-    contract, names = resnet(depth, **{k: v for k, v in changes.items() if v is not None})
-    contract = {key: value for key, value in contract.items() if changes.get(key, "") is not None}
-    content = {"model": to_detectron2(names), "d2_objssl": {"input_contract": contract}}
+    contract = {key: value for key, value in (CONTRACT | changes).items() if value is not None}
+    content = {"model": to_detectron2(networks["student"].state_dict()), "d2_objssl": {"input_contract": contract}}
     with pytest.raises(ValueError, match=rf"source\.pth.*{message}"):
         convert(tmp_path, content, target)
-
-
-def test_targets_are_those_that_from_detectron2_knows() -> None:
-    _, names = resnet(18)
-    for target in TARGETS[1:]:
-        assert from_detectron2(to_detectron2(names), target).keys() == names.keys()

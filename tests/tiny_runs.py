@@ -21,8 +21,6 @@ from d2_objssl.engine import Trainer
 # Bottleneck blocks of 4 to 32 channels: checkpoints of 2 MB, against 130 MB with ResNet-18.
 _NARROW_R50: list[Any] = ["MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.STEM_OUT_CHANNELS", 8]
 _NARROW_R50 += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "MODEL.RESNETS.WIDTH_PER_GROUP", 4]
-R18: list[Any] = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.STEM_OUT_CHANNELS", 64]
-R18 += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.WIDTH_PER_GROUP", 64]
 
 _WIDE_AND_TALL = {"tiny_wide": (64, 96), "tiny_tall": (96, 64)}  # height, width
 

@@ -12,6 +12,8 @@ Examples:
     # what do the prototypes stand for?
     python tools/evaluate.py concepts --dataset coco_2017_val_images --weights output/slotcon/model_final.pth \\
         --picture concepts.png --statistics-picture prototypes.png --output concepts.json
+    # which classes are in an image? VOC07 classification by linear SVMs on frozen features
+    python tools/evaluate.py svm --weights slotcon_R_50.pkl --num-workers 8 --output svm.json
 """
 
 from __future__ import annotations

@@ -5,11 +5,13 @@
 
 from types import ModuleType
 
-from . import data, masks
+from . import data, masks, optimizer, step
 
 STAGES: dict[str, ModuleType] = {
     "data": data,
     "masks": masks,
+    "step": step,
+    "optimizer": optimizer,
 }
 
 __all__ = ["STAGES"]

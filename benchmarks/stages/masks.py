@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> Measurement:
         "ours": lambda image: felzenszwalb_regions(image, _SCALE, _SCALE),
     }
     agreement = [adjusted_rand_score(*(f(image).ravel() for f in contestants.values())) for image in images]
-    runs = repeat_in_turns({k: partial(time_images, f, images) for k, f in contestants.items()}, args.repeats, args.seed)
+    runs = repeat_in_turns(
+        {k: partial(time_images, f, images) for k, f in contestants.items()}, args.repeats, args.seed
+    )
     medians = {name: statistics.median(values) for name, values in runs.items()}
     print(f"adjusted Rand index over {len(images)} images: mean {np.mean(agreement):.5f}, least {min(agreement):.5f}")
     row = Row("Felzenszwalb regions", medians["plain"], medians["ours"], unit="ms CPU an image", goal=5.0)

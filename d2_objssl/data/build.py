@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -176,6 +177,9 @@ class TrainLoader:
 
 def _init_worker(worker_id: int) -> None:
     cv2.setNumThreads(0)
+    # PyTorch lets a worker die of SIGTERM. One to the whole process group would take the batch from the main process, which
+    # finishes its step or its evaluation: what handles it there, and was inherited, is put back (engine.preemption).
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> TrainLoader:
@@ -257,5 +261,6 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     register_image_folders([dataset_name])
     check_datasets([dataset_name], "DATASETS.TEST")
     loader = build_detection_test_loader(cfg, dataset_name, mapper=_build_mapper(cfg, False))
+    loader.worker_init_fn = _init_worker
     check_size(dataset_name, len(loader.dataset), require_complete=cfg.DATASETS.REQUIRE_COMPLETE)
     return loader

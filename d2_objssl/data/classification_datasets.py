@@ -77,7 +77,7 @@ def load_listed_images(list_file: str, folder: str) -> list[dict[str, Any]]:
     if not names:
         raise ValueError(f"{list_file} names no image")
     labels = {name: i for i, name in enumerate(list_classes(folder))}
-    dicts = []
+    dicts: list[dict[str, Any]] = []
     for i, name in enumerate(names):
         class_name = name.partition("_")[0]
         if class_name not in labels:

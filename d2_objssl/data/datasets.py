@@ -127,20 +127,11 @@ def register_image_folders(names: Iterable[str]) -> None:
             MetadataCatalog.get(name).set(image_root=path, evaluator_type="none")
 
 
-def _load_known_set(name: str, folder: str, expected: int) -> list[dict[str, Any]]:
-    dicts = load_images(folder)
-    if len(dicts) != expected:
-        logger.warning("%s: %d images in %s, the complete set has %d", name, len(dicts), folder, expected)
-    return dicts
-
-
 def _register_known_sets(root: str) -> None:
-    for name, (folder, expected) in _IMAGE_SETS.items():
+    for name, (folder, num_images) in _IMAGE_SETS.items():
         path = os.path.join(root, folder)
-        DatasetCatalog.register(
-            name, lambda name=name, path=path, expected=expected: _load_known_set(name, path, expected)
-        )
-        MetadataCatalog.get(name).set(image_root=path, evaluator_type="none")
+        DatasetCatalog.register(name, lambda path=path: load_images(path))
+        MetadataCatalog.get(name).set(image_root=path, num_images=num_images, evaluator_type="none")
 
 
 _root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))

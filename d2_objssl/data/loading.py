@@ -14,7 +14,7 @@ from detectron2.data.build import (
 
 from .datasets import register_image_folders
 from .known_sizes import check_datasets, check_size
-from .labelled_images import check_classes, take_fraction
+from .labelled_images import take_fraction
 from .region_keys import assign_region_keys, find_image_roots
 from .region_maps import FileRegions, RegionSource, build_region_source
 from .semantic_pairs import load_pair_dicts
@@ -58,7 +58,6 @@ def _load_for_fine_tuning(cfg: CfgNode) -> list[dict[str, Any]]:
     dicts: list[dict[str, Any]] = []
     for name, proposal_file in zip(names, proposal_files, strict=True):
         dicts += _load_whole(cfg, name, proposal_file)
-    check_classes(cfg)
     dicts = take_fraction(cfg, dicts)
     if "annotations" not in dicts[0]:
         return dicts

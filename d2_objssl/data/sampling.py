@@ -60,7 +60,8 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
         self.repeat_factors = repeat_factors
         self.start_batch = 0
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """Indices of one epoch, a function of (seed, epoch); images with a fractional factor appear floor or ceil times."""
         rng = np.random.default_rng((self.seed, epoch))
         if self.repeat_factors is None:
             return rng.permutation(self.dataset_size)
@@ -75,7 +76,7 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
             if self.repeat_factors is None and first + self.dataset_size <= start:
                 first += self.dataset_size
                 continue
-            order = self._epoch_order(epoch)
+            order = self.epoch_order(epoch)
             for i in range(max(start - first, 0), len(order)):
                 yield first + i, int(order[i])
             first += len(order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,6 +10,10 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
+
+_NORM_PART = 1 << 17  # elements
+_SMALLEST_RATIO = 1e-12  # of weights to update; beyond it, and its inverse, the momentum is not kept in its units
 
 
 class LARS(torch.optim.Optimizer):
@@ -61,23 +66,79 @@ class LARS(torch.optim.Optimizer):
             params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            grads = [p.grad for p in params if p.grad is not None]
-            buffers = [self._momentum_buffer(p) for p in params]
-            torch._foreach_mul_(buffers, group["momentum"])
-            vectors = [i for i, p in enumerate(params) if p.ndim == 1]
-            matrices = [i for i, p in enumerate(params) if p.ndim != 1]
-            if vectors:
-                torch._foreach_add_([buffers[i] for i in vectors], [grads[i] for i in vectors])
-            if matrices:
-                updates = self._scaled_updates([params[i] for i in matrices], [grads[i] for i in matrices], group)
-                torch._foreach_add_([buffers[i] for i in matrices], updates)
-            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+            # One pass over a tensor instead of many; on GPUs it would wait for the norms of every tensor.
+            fused = [p for p in params if p.device.type == "cpu" and self._is_aligned(p)]
+            self._fused_step(fused, group)
+            chosen = set(map(id, fused))
+            self._foreach_step([p for p in params if id(p) not in chosen], group)
         return loss
+
+    def _foreach_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Update tensors of any kind, many in one call."""
+        if not params:
+            return
+        grads = [p.grad for p in params if p.grad is not None]
+        buffers = [self._momentum_buffer(p) for p in params]
+        for p in params:
+            self._set_buffer_scale(p, 1.0)
+        torch._foreach_mul_(buffers, group["momentum"])
+        vectors = [i for i, p in enumerate(params) if p.ndim == 1]
+        matrices = [i for i, p in enumerate(params) if p.ndim != 1]
+        if vectors:
+            torch._foreach_add_([buffers[i] for i in vectors], [grads[i] for i in vectors])
+        if matrices:
+            updates = self._scaled_updates([params[i] for i in matrices], [grads[i] for i in matrices], group)
+            torch._foreach_add_([buffers[i] for i in matrices], updates)
+        torch._foreach_add_(params, buffers, alpha=-group["lr"])
+
+    def _fused_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Update aligned CPU tensors by PyTorch's fused SGD.
+
+        With the trust ratio r, m <- mu m + r u,  p <- p - lr m  is, for the buffer b = m / r, the step of SGD
+        b <- (mu r' / r) b + u,  p <- p - lr r b,  where r' is the ratio of the step before. `buffer_scale` keeps it.
+        """
+        for p in params:
+            assert p.grad is not None
+            buffer, ratio, decay = self._momentum_buffer(p), 1.0, 0.0
+            if p.ndim != 1:
+                decay = group["weight_decay"]
+                ratio = _trust_ratio(p, p.grad, decay, group["trust_coefficient"])
+            if not _SMALLEST_RATIO < ratio < 1 / _SMALLEST_RATIO:
+                self._foreach_step([p], group)
+                continue
+            sgd(
+                [p],
+                [p.grad],
+                [buffer],
+                fused=True,
+                weight_decay=decay,
+                momentum=group["momentum"] * self.state[p]["buffer_scale"] / ratio,
+                lr=group["lr"] * ratio,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+            )
+            self.state[p]["buffer_scale"] = ratio
+
+    def _is_aligned(self, param: Tensor) -> bool:
+        """Whether parameter, gradient and buffer have their elements in one order, without gaps."""
+        assert param.grad is not None
+        strides = param.stride()
+        same = strides == param.grad.stride() == self._momentum_buffer(param).stride()
+        return same and _flat(param) is not None
+
+    def _set_buffer_scale(self, param: Tensor, scale: float) -> None:
+        """Let the momentum be `scale` times the buffer."""
+        state = self.state[param]
+        if state["buffer_scale"] != scale:
+            state["momentum_buffer"].mul_(state["buffer_scale"] / scale)
+            state["buffer_scale"] = scale
 
     def _momentum_buffer(self, param: Tensor) -> Tensor:
         state = self.state[param]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(param)
+        state.setdefault("buffer_scale", 1.0)  # a checkpoint of before there was one
         return state["momentum_buffer"]
 
     @staticmethod
@@ -90,6 +151,29 @@ class LARS(torch.optim.Optimizer):
         ratios = torch.where((param_norms > 0) & (update_norms > 0), ratios, torch.ones_like(ratios))
         torch._foreach_mul_(updates, list(ratios.unbind()))
         return updates
+
+
+def _flat(x: Tensor) -> Tensor | None:
+    """The elements in the order of memory, as a view; None if there are gaps between them."""
+    if x.is_contiguous():
+        return x.view(-1)
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).view(-1)
+    return None
+
+
+def _trust_ratio(param: Tensor, grad: Tensor, weight_decay: float, trust_coefficient: float) -> float:
+    """eta |p| / |g + wd p| of CPU tensors with one order of elements; 1 where either norm is 0."""
+    params, grads = _flat(param), _flat(grad)
+    assert params is not None and grads is not None
+    squared = 0.0
+    # In parts that stay in the cache, so that memory is read once and none is allocated for all of the sum.
+    scratch = params.new_empty(min(_NORM_PART, params.numel()))
+    for p, g in zip(params.split(_NORM_PART), grads.split(_NORM_PART), strict=True):
+        update = torch.add(g, p, alpha=weight_decay, out=scratch[: p.numel()])
+        squared += torch.dot(update, update).item()
+    param_norm, update_norm = torch.linalg.vector_norm(params).item(), math.sqrt(squared)
+    return trust_coefficient * param_norm / update_norm if param_norm > 0 and update_norm > 0 else 1.0
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -1,17 +1,16 @@
 """SIGTERM (schedulers, `kill`, torchrun) and SIGINT (Ctrl-C) end a run such that `--resume` goes on exactly where it was.
 
 Where a signal arrives    What happens
-in a step                 The step is finished, a checkpoint is written, the process ends. With several processes, of which
-                          a single one may have got the signal: after one step more, by all of them together.
-while a checkpoint is     It is finished, then as above after the next step.
-written, in an evaluation
+in a step, or while a     The step is finished, a checkpoint is written, the process ends. With several processes, of which
+checkpoint is written     a single one may have got the signal: after one step more, by all of them together.
+in an evaluation          It is finished, then as above after the next step.
 in a bootstrapping of     It stops within a few clustering batches. The masks that are done stay, and the checkpoint is the
 region masks              one that precedes every bootstrapping.
 in the last step, or      The run just ends: nothing is left to be saved. In the evaluation behind it signals act as by
 after it                  default, and a resumed run repeats that evaluation.
 before the first step     As by default: nothing is lost.
 
-A second signal, from one second after the first, ends the process at once: checkpoints are written whole or not at all. The
+A second signal, from three seconds after the first, ends the process at once: checkpoints are written whole or not at all. The
 second is granted because a launcher passes on what the whole process group has got already.
 
 The exit code is 128 + the signal's number (143 after SIGTERM, 130 after SIGINT), as a shell has it for a process that died of
@@ -42,7 +41,7 @@ from ..distributed import DelayedMax
 logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_REPEAT_SECONDS = 1.0  # within these, signals are the same one, on several ways
+_REPEAT_SECONDS = 3.0  # within these, signals are the same one, on several ways
 
 
 class Preempted(SystemExit):
@@ -82,7 +81,7 @@ class Preemption(HookBase):
             _stop(number, f"before iteration {self.trainer.iter}; what was done for it stays")
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        """Note the first signal. Workers of data loaders, which inherit this handler, thus outlive it until they are told."""
+        """Note the first signal. Workers of data loaders inherit this handler, and outlive it as long as they are needed."""
         now = time.monotonic()
         if not self._received:
             self._received, self._received_at = number, now
@@ -96,7 +95,7 @@ class Preemption(HookBase):
 
 def _announcement(number: int) -> str:
     name = signal.Signals(number).name
-    return f"\n{name}: the run stops after this step and its checkpoint; another {name} stops it at once.\n"
+    return f"\n{name}: the run stops after this step and its checkpoint; another {name}, in {_REPEAT_SECONDS:.0f} s, stops it at once.\n"
 
 
 def _stop(number: int, where: str) -> NoReturn:

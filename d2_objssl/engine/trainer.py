@@ -23,7 +23,8 @@ from ..checkpoint import ObjSSLCheckpointer, checkpoint_metadata
 from ..data import build_test_loader, build_train_loader
 from ..data.build import TrainLoader
 from ..data.collation import split_batch
-from ..evaluation.build import build_evaluator
+from ..data.labelled_images import check_classes
+from ..evaluation.build import build_evaluator, check_evaluators
 from .hooks import Checkpoints, EMATeacher, PreciseBN, RandomState
 from .optimizer import build_optimizer
 from .output_lock import OutputLock
@@ -182,6 +183,8 @@ class Trainer(DefaultTrainer):
         super(DefaultTrainer, self).__init__()
         cfg = resolve_norms(DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()))
         data_loader = self.build_train_loader(cfg)
+        check_classes(cfg)
+        check_evaluators(cfg)
         cfg = resolve_schedule(cfg, data_loader.num_images)
         self.cfg = cfg
         dtype = amp_dtype(cfg)
@@ -290,7 +293,9 @@ class Trainer(DefaultTrainer):
         return ret
 
     def after_train(self) -> None:
-        """Close the hooks and say how many images were unreadable."""
+        """End the loader's workers, close the hooks, and say how many images were unreadable."""
+        loader = self.data_loader
+        self._trainer.reset_data_loader(lambda: loader)  # a process that is not the main one would end with them by force
         super().after_train()
         if self.data_loader.num_bad:
             logger.warning(

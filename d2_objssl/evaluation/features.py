@@ -25,6 +25,9 @@ from ..engine import resolve_norms
 class PooledBackbone(nn.Module):
     """Images in, the mean of a feature map over its cells out, scaled to length 1."""
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(
         self, backbone: nn.Module, feature: str, pixel_mean: Sequence[float], pixel_std: Sequence[float]
     ) -> None:

@@ -47,11 +47,7 @@ class FastLVISEvaluator(FastCOCOEvaluator):
             ImportError: without faster-coco-eval.
             ValueError: if the set has no annotations, as LVIS' test sets.
         """
-        if importlib.util.find_spec("faster_coco_eval") is None:
-            raise ImportError(
-                f'evaluating "{dataset_name}" (LVIS) needs faster-coco-eval: pip install -e ".[fast-eval]" in a checkout of '
-                "d2_objssl"
-            )
+        require_faster_coco_eval(dataset_name)
         super().__init__(dataset_name, **kwargs)
         if not self._do_evaluation:
             raise ValueError(f'"{dataset_name}" cannot be evaluated: {self._metadata.json_file} has no annotations')
@@ -109,3 +105,12 @@ def best_per_image(results: list[dict[str, Any]], limit: int) -> list[dict[str, 
         for of_image in by_image.values()
         for result in sorted(of_image, key=lambda r: r["score"], reverse=True)[:limit]
     ]
+
+
+def require_faster_coco_eval(dataset_name: str) -> None:
+    """Raise an ImportError that says what to install, where faster-coco-eval is absent."""
+    if importlib.util.find_spec("faster_coco_eval") is None:
+        raise ImportError(
+            f'evaluating "{dataset_name}" (LVIS) needs faster-coco-eval: pip install -e ".[fast-eval]" in a checkout of '
+            "d2_objssl"
+        )

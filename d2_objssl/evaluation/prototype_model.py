@@ -46,7 +46,8 @@ def pretraining_cfg(weights: str, config_file: str = "", opts: Sequence[str] = (
     try:
         cfg = setup_cfg(config_file, [*opts, "MODEL.WEIGHTS", weights], stored=stored)
     except KeyError as error:
-        raise ValueError(f"the config of {config_file or weights}: {error.args[0]}") from error
+        advice = "" if config_file else "; if another version wrote it, give --config-file"
+        raise ValueError(f"the config of {config_file or weights}: {error.args[0]}{advice}") from error
     if cfg.MODEL.META_ARCHITECTURE != "ObjectSSL":
         raise ValueError(
             f'MODEL.META_ARCHITECTURE is "{cfg.MODEL.META_ARCHITECTURE}" in {config_file or weights}; it must be '

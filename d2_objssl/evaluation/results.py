@@ -46,7 +46,8 @@ from ..checkpoint import training_of
 from ..config import add_objssl_config
 from ..weight_files import CheckpointError, file_sha256, load_checkpoint
 
-_PACKAGES = ("torch", "torchvision", "numpy", "pillow", "fvcore", "pycocotools", "faster-coco-eval", "scikit-image", "numba")
+_PACKAGES: tuple[str, ...] = ("torch", "torchvision", "numpy", "pillow", "fvcore", "pycocotools", "faster-coco-eval")
+_PACKAGES += ("scikit-image", "scikit-learn", "numba")
 
 
 def environment() -> dict[str, Any]:

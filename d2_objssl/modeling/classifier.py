@@ -20,8 +20,8 @@ from ..data.classification_datasets import common_class_names
 class ImageClassifier(nn.Module):
     """A linear classifier on the average-pooled feature map of a backbone.
 
-    MODEL.BACKBONE.FREEZE_AT 5 makes it the linear probe: a ResNet's weights and batch-norm statistics all stay. Elsewhere
-    the backbone is trained along; SOLVER.HEAD_LR_FACTOR sets the two learning rates apart.
+    MODEL.BACKBONE.FREEZE_AT 5 makes it the linear probe: weights and batch-norm statistics of the backbone all stay.
+    Otherwise the backbone is trained along; SOLVER.HEAD_LR_FACTOR sets the two learning rates apart.
     """
 
     pixel_mean: Tensor
@@ -58,8 +58,8 @@ class ImageClassifier(nn.Module):
         """Read MODEL.CLASSIFIER, and the classes of DATASETS.
 
         Raises:
-            ValueError: if the data sets have different classes, or not as many as MODEL.CLASSIFIER.NUM_CLASSES, if the
-                backbone has no such feature, or cannot be frozen.
+            ValueError: if the data sets have different classes, or not as many as MODEL.CLASSIFIER.NUM_CLASSES, or if
+                the backbone has no such feature.
         """
         names = common_class_names([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         num_classes = cfg.MODEL.CLASSIFIER.NUM_CLASSES
@@ -74,11 +74,6 @@ class ImageClassifier(nn.Module):
             raise ValueError(
                 f'MODEL.CLASSIFIER.IN_FEATURE is "{in_feature}", but the backbone gives '
                 f"{', '.join(backbone.output_shape())} (MODEL.RESNETS.OUT_FEATURES)"
-            )
-        freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
-        if freeze_at >= 5 and any(p.requires_grad for p in backbone.parameters()):
-            raise ValueError(
-                f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but {cfg.MODEL.BACKBONE.NAME} does not freeze its weights"
             )
         return {
             "backbone": backbone,

@@ -70,14 +70,15 @@ class SlidingWindowSegmentor(SemanticSegmentor):
     def _slide(self, image: Tensor) -> Tensor:
         """Mean scores (K, H, W) of a (3, H, W) image over all windows."""
         height, width = image.shape[-2:]
-        total: Tensor | float = 0.0
+        total: Tensor | None = None
         count = torch.zeros(height, width, device=self.device)
         for top in window_starts(height, self.window, self.stride):
             for left in window_starts(width, self.window, self.stride):
                 rows, columns = slice(top, top + self.window), slice(left, left + self.window)
                 scores = super().forward([{"image": image[:, rows, columns]}])[0]["sem_seg"]
-                if isinstance(total, float):
+                if total is None:
                     total = scores.new_zeros(len(scores), height, width)
                 total[:, rows, columns] += scores
                 count[rows, columns] += 1
+        assert total is not None
         return total / count

@@ -100,6 +100,21 @@ def test_batches_are_of_one_group(rank):
         assert len({GROUPS[index] for index, _, _ in batch}) == 1
 
 
+def test_fractional_repeats_are_drawn_anew_each_epoch():
+    """Detectron2 does so too: floor(r) or one more, so that every epoch has its own images twice."""
+    factors = np.full(SIZE, 1.5)
+    stream = (index for batch in make_sampler(1, repeat_factors=factors) for index, _, _ in batch)
+    epochs, seen = [], Counter()
+    for epoch in range(4):
+        order = make_sampler(1, repeat_factors=factors).epoch_order(epoch)
+        assert take(stream, len(order)) == order.tolist()
+        epochs.append(Counter(order.tolist()))
+        seen += epochs[-1]
+    assert all(set(counts) == set(range(SIZE)) and set(counts.values()) == {1, 2} for counts in epochs)
+    assert len({frozenset(c.items()) for c in epochs}) == 4
+    assert sum(seen.values()) == pytest.approx(4 * SIZE * 1.5, rel=0.15)
+
+
 def test_no_group_is_left_out():
     seen = Counter(GROUPS[index] for batch in take(make_sampler(4, groups=GROUPS), 230) for index, _, _ in batch)
     expected = Counter(GROUPS.tolist())
@@ -314,11 +329,18 @@ def test_pretraining_mixes_labelled_sets_and_folders(boxes, tmp_path):
     assert len(load_dataset_dicts(cfg)) == 23
 
 
+REPEAT = ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "DATALOADER.REPEAT_THRESHOLD", 0.9)
+
+
 def test_repeat_factor_sampling(boxes):
-    cfg = make_cfg(boxes, *FINETUNE, "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
-    cfg.DATALOADER.REPEAT_THRESHOLD = 0.9
+    cfg = make_cfg(boxes, *FINETUNE, *REPEAT)
     factors = build_train_loader(cfg).sampler.repeat_factors
     assert factors is not None and factors.shape == (19,) and (factors > 1).any()
+
+
+def test_repeat_factor_sampling_needs_labels(boxes, folder):
+    with pytest.raises(ValueError, match=r'SAMPLER_TRAIN is "RepeatFactorTrainingSampler".*DATASETS\.TRAIN .*has none'):
+        build_train_loader(make_cfg(f"images:{folder}", *REPEAT))
 
 
 def test_samplers_that_cannot_resume_are_refused(boxes):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from d2_objssl.config import add_objssl_config
 from d2_objssl.data import register_image_folders
-from d2_objssl.data.labelled_images import take_fraction
+from d2_objssl.data.labelled_images import check_classes, take_fraction
 from d2_objssl.data.loading import load_dataset_dicts
 from d2_objssl.data.voc_datasets import find_classes, load_voc_split, register_voc_split
 
@@ -153,7 +153,7 @@ def test_a_name_without_folder_or_split_is_refused(name):
 
 @pytest.fixture
 def configured(folder: Path, catalog: None) -> Callable[..., CfgNode]:
-    def configure(*opts: object, **names: str) -> CfgNode:
+    def configure(*opts: object) -> CfgNode:
         cfg = get_cfg()
         add_objssl_config(cfg)
         cfg.DATASETS.TRAIN = (f"voc:{folder}:train",)
@@ -186,9 +186,11 @@ def test_fine_tuning_loads_the_fraction_and_pretraining_all(folder, configured):
     assert len(load_dataset_dicts(configured(*opts, "INPUT.SSL.NUM_VIEWS", 2))) == 10
 
 
-def test_classes_must_fit_the_model_and_the_test_set(configured, folder, tmp_path):
+def test_classes_must_fit_the_model_and_the_test_set(configured, folder):
+    register_image_folders([f"voc:{folder}:train"])
+    check_classes(configured())
     with pytest.raises(ValueError, match=r"has 3 classes \(ant, cat, dog\), but MODEL.ROI_HEADS.NUM_CLASSES is 80"):
-        load_dataset_dicts(configured("MODEL.ROI_HEADS.NUM_CLASSES", 80))
+        check_classes(configured("MODEL.ROI_HEADS.NUM_CLASSES", 80))
     register_voc_split("test_other_order", str(folder), "test", ["ant", "dog", "cat"])
     with pytest.raises(ValueError, match='Class 1 of "test_other_order" is "dog", but "cat" in "voc:'):
-        load_dataset_dicts(configured("DATASETS.TEST", ("test_other_order",)))
+        check_classes(configured("DATASETS.TEST", ("test_other_order",)))

@@ -146,11 +146,13 @@ def test_checkpoints_are_also_written_before_certain_iterations() -> None:
     saved = []
     checkpointer = SimpleNamespace(
         save=lambda name, **state: saved.append((name, state["iteration"])),
+        save_to_disk=True,
         get_checkpoint_file=lambda: f"{saved[-1][0]}.pth",
-        path_manager=SimpleNamespace(exists=lambda file: True, rm=lambda file: saved.append((file, "removed"))),
+        periodic_checkpoints=lambda: {},
+        path_manager=None,
     )
     hook = Checkpoints(checkpointer, 4, max_to_keep=2, also_before=frozenset({3, 4}))
-    hook.trainer = SimpleNamespace(iter=0, max_iter=6)
+    hook.trainer = SimpleNamespace(iter=0, start_iter=0, max_iter=6)
     hook.before_train()
     for hook.trainer.iter in range(6):
         hook.after_step()

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from detectron2.config import CfgNode
-from tiny_runs import R18, assert_identical, final_checkpoint, finetune_cfg, pretrain_cfg, train
+from killed_runs import losses_of, method_cfg, run_in_child
+from tiny_runs import assert_identical, final_checkpoint, finetune_cfg, pretrain_cfg, train
 from tiny_slotcon import REPO_ROOT
 
 MakeCfg = Callable[..., CfgNode]
@@ -194,58 +195,37 @@ def has_written(iteration: int) -> Callable[[Path], bool]:
     return condition
 
 
-def is_writing(iteration: int) -> Callable[[Path], bool]:
-    """The checkpoint is being written: a file of another name has begun to grow."""
-
-    def condition(output_dir: Path) -> bool:
-        if (output_dir / f"model_{iteration:07d}.pth").exists():
-            return True
-        return any(f.stat().st_size > 0 for f in output_dir.glob(f".model_{iteration:07d}.pth*"))
-
-    return condition
-
-
-PRETRAIN = [*R18, "SOLVER.MAX_ITER", 12]
+# Of a run in three processes: where each of the first two is killed. The iterations 2 and 5 have a checkpoint.
+FAULTS = {
+    "SlotCon": [("step", 4), ("write", 5)],
+    "DetConS": [("rename", 2), ("step", 6)],
+    "DetConB": [("write", 2), ("step", 3)],
+    "CYBORGS": [("bootstrap", 3), ("step", 6)],
+    "SemCL": [("step", 5), ("rename", 5)],
+    "Mask R-CNN": [("step", 3), ("evaluation", 3)],
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
-def test_pretraining_killed_for_real(photos, folder, amp):
-    """Killed between two checkpoints, with and without workers, and while a checkpoint is written."""
+@pytest.mark.parametrize("method", FAULTS)
+def test_killed_for_real(photos, folder, method, amp):
+    """SIGKILL in every kind of place, with two workers, then none, then two."""
 
-    def make_cfg(name: str, *opts: object) -> CfgNode:
-        return pretrain_cfg(photos, folder / name, *PRETRAIN, "SOLVER.AMP.ENABLED", amp, *opts)
+    def make_cfg(name: str, workers: int = 0) -> CfgNode:
+        opts = ("SOLVER.AMP.ENABLED", amp, "DATALOADER.NUM_WORKERS", workers)
+        return method_cfg(method, photos, folder / name, *opts)
 
-    run(make_cfg("whole"))
-    whole = final_checkpoint(folder / "whole")
-    shutil.rmtree(folder / "whole")
-
-    no_workers, workers = make_cfg("no_workers"), make_cfg("workers", "DATALOADER.NUM_WORKERS", 2)
-    kill_when(no_workers, has_written(5))
-    run(no_workers, "--resume")
-    assert_identical(final_checkpoint(folder / "no_workers"), whole)
-    shutil.rmtree(folder / "no_workers")
-
-    kill_when(workers, is_writing(5))
-    kill_when(workers, has_written(8), "--resume")
-    run(workers, "--resume")
-    assert_identical(final_checkpoint(folder / "workers"), whole)
-
-
-@pytest.mark.slow
-def test_fine_tuning_killed_for_real(folder):
-    evaluated = ("DATASETS.TEST", ("scenes_tiny_val",), "TEST.EVAL_PERIOD", 6)
-
-    def make_cfg(name: str, *opts: object) -> CfgNode:
-        return finetune_cfg(folder / name, *R18, "SOLVER.MAX_ITER", 12, *evaluated, *opts)
-
-    run(make_cfg("whole"))
-    killed = make_cfg("killed", "DATALOADER.NUM_WORKERS", 2)
-    kill_when(killed, has_written(5))
-    run(killed, "--resume")
+    whole = {i: x["total_loss"] for i, x in train(make_cfg("whole")).items()}
+    for n, (fault, workers) in enumerate(zip([*FAULTS[method], ("none", 0)], (2, 0, 2), strict=True)):
+        run_in_child(make_cfg("killed", workers), photos, resume=n > 0, fault=fault)
+    losses = losses_of(folder / "killed")
+    assert {i for i, _ in losses} == set(whole) and all(whole[i] == loss for i, loss in losses)
     assert_identical(final_checkpoint(folder / "killed"), final_checkpoint(folder / "whole"))
-    results = [(folder / name / "metrics.json").read_text().splitlines()[-1] for name in ("whole", "killed")]
-    assert '"bbox/AP"' in results[0] and results[0] == results[1], "text, as some figures are NaN"
+    assert not list((folder / "killed").glob(".*.tmp")), "what a killed process left was deleted"
+    if method == "Mask R-CNN":
+        results = [(folder / name / "metrics.json").read_text().splitlines()[-1] for name in ("whole", "killed")]
+        assert '"bbox/AP"' in results[0] and results[0] == results[1], "text, as some figures are NaN"
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.solver import build_lr_scheduler
+from detectron2.solver import LRMultiplier, build_lr_scheduler
 from detectron2.utils import comm
 
 from d2_objssl.config import add_objssl_config
@@ -220,25 +220,26 @@ def test_one_cycle_settings_out_of_range_are_refused():
 # ----------------------------------------------------------------------------------------------------- polynomial
 
 
-def poly_scheduler(
-    optimizer: torch.optim.Optimizer, total: int, warmup: int, *opts: object
-) -> torch.optim.lr_scheduler.LRScheduler:
-    keys = ("SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.MAX_ITER", total, "SOLVER.WARMUP_ITERS", warmup)
-    return build_any_lr_scheduler(make_cfg(*keys, "SOLVER.WARMUP_FACTOR", 0.1, *opts), optimizer)
+def poly_schedule(total: int, warmup: int, **keys: float) -> tuple[torch.optim.Optimizer, LRMultiplier]:
+    """An optimiser at 0.01 and its "WarmupPolyLR"; `keys` of SOLVER.POLY_LR_*."""
+    opts = ("SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.MAX_ITER", total, "SOLVER.WARMUP_ITERS", warmup)
+    poly = (x for key, value in keys.items() for x in (f"SOLVER.POLY_LR_{key}", value))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+    return optimizer, build_any_lr_scheduler(make_cfg(*opts, "SOLVER.WARMUP_FACTOR", 0.1, *poly), optimizer)
 
 
 @pytest.mark.parametrize("warmup", [0, 10])
 def test_polynomial_decay_with_a_floor(warmup):
     """ADE20K's schedule: power 0.9 from 0.01, and never below 0.0001."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
-    total, opts = 400, ("SOLVER.POLY_LR_POWER", 0.9, "SOLVER.POLY_LR_CONSTANT_ENDING", 0.01)
-    scheduler = poly_scheduler(optimizer, total, warmup, *opts)
+    total, keys = 400, {"POWER": 0.9, "CONSTANT_ENDING": 0.01}
+    optimizer, scheduler = poly_schedule(total, warmup, **keys)
     rates = []
     for i in range(total):
-        if i == 100:  # a run that was killed here
-            state = scheduler.state_dict()
-            scheduler = poly_scheduler(optimizer, total, warmup, *opts)
-            scheduler.load_state_dict(state)
+        if i == 100:  # the run was killed, and goes on from a checkpoint
+            states = optimizer.state_dict(), scheduler.state_dict()
+            optimizer, scheduler = poly_schedule(total, warmup, **keys)
+            optimizer.load_state_dict(states[0])
+            scheduler.load_state_dict(states[1])
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
@@ -250,7 +251,6 @@ def test_polynomial_decay_with_a_floor(warmup):
 
 
 def test_polynomial_settings_out_of_range_are_refused():
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     for key, value in (("POWER", 0.0), ("CONSTANT_ENDING", -0.1), ("CONSTANT_ENDING", 1.5)):
         with pytest.raises(ValueError, match=f"POLY_LR_.*{key} (is )?{value}"):
-            poly_scheduler(optimizer, 10, 0, f"SOLVER.POLY_LR_{key}", value)
+            poly_schedule(10, 0, **{key: value})

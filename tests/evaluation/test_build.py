@@ -1,5 +1,6 @@
 """The evaluator of a data set follows from its `evaluator_type`, and works on this stack."""
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,23 @@ def test_an_unknown_type_is_refused_with_the_data_sets_name(metadata, tmp_path, 
         metadata.evaluator_type = evaluator_type
     with pytest.raises(ValueError, match=rf'DATASETS\.TEST names "{NAME}".*"{evaluator_type or "none"}".*Known: coco'):
         build_evaluator(make_cfg(tmp_path), NAME)
+
+
+@pytest.mark.parametrize(
+    ("evaluator_type", "error", "message"),
+    [("lvis", ImportError, r"fast-eval"), ("none", ValueError, r"evaluator_type is \"none\"")],
+)
+def test_what_cannot_be_evaluated_is_found_before_the_run(
+    metadata, monkeypatch, tmp_path, evaluator_type, error, message
+):
+    metadata.evaluator_type = evaluator_type
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "faster" in name else find_spec(name))
+    cfg = make_cfg(tmp_path)
+    build.check_evaluators(cfg)
+    cfg.DATASETS.TEST = (NAME,)
+    with pytest.raises(error, match=rf'"{NAME}".*{message}'):
+        build.check_evaluators(cfg)
 
 
 def test_a_folder_of_images_cannot_be_evaluated(tmp_path):

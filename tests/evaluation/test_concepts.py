@@ -11,6 +11,7 @@ from color_model import COLORS, ColorModel, write_color_images, write_slotcon
 
 from d2_objssl.concept_drawing import mark_red
 from d2_objssl.data.center_crops import CenterCrops
+from d2_objssl.evaluation.commands.concepts import check_prototypes
 from d2_objssl.evaluation.concepts import ConceptSearch, TopSegments, assign_images, find_concepts, segment_features
 from d2_objssl.structures import RegionEmbeddings
 
@@ -139,7 +140,7 @@ def test_concepts_of_a_checkpoint(load_tool, tmp_path, capsys):
         f"--{x}={tmp_path / y}"
         for x, y in (("output", "r.json"), ("picture", "c.png"), ("statistics-picture", "s.png"))
     ]
-    options = ["--short-side", "64", "--crop-size", "64", "--top", "3", "--rows", "1", "--picture-side", "64", *files]
+    options = ["--short-side", "64", "--crop-size", "64", "--top", "3", "--rows", "4", "--picture-side", "64", *files]
     tool.main(["concepts", "--dataset", f"images:{photos}", "--weights", weights, *options])
     record = json.loads((tmp_path / "r.json").read_text())
     assert sum(record["active_slots_histogram"]) == record["num_images"] == 6
@@ -147,9 +148,13 @@ def test_concepts_of_a_checkpoint(load_tool, tmp_path, capsys):
     assert record["metrics"]["dead_prototypes"] == record["images_per_prototype"].count(0)
     assert record["concepts"][0]["top"][0]["image"].startswith("photos/")
     pages = sorted(p.name for p in tmp_path.glob("c*.png"))
-    assert pages == ["c.png", *(f"c_{i}.png" for i in range(2, len(record["concepts"]) + 1))]
+    assert pages == ["c.png", *(f"c_{i}.png" for i in range(2, (len(record["concepts"]) + 3) // 4 + 1))]
     width = cv2.imread(str(tmp_path / "c.png")).shape[1]
     assert width == 14 + 3 * 64 + 2 * 10 + 14 and cv2.imread(str(tmp_path / "s.png")) is not None
     assert "8 prototypes, 6 images" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="--prototypes names 8, but the model has the prototypes 0 to 7"):
-        tool.main(["concepts", "--dataset", f"images:{photos}", "--weights", weights, "--prototypes", "8", *options])
+
+
+def test_a_prototype_that_is_not_there_is_refused():
+    assert check_prototypes([7, 0], 8) == [7, 0] and check_prototypes(None, 8) is None
+    with pytest.raises(ValueError, match="--prototypes names 8, but the model has the prototypes 0 to 7"):
+        check_prototypes([3, 8], 8)

@@ -109,7 +109,7 @@ def test_the_limit_of_an_image_is_shared_by_all_classes(federated):
 
 @needs_faster_coco_eval
 def test_nothing_is_predicted(federated):
-    results = evaluate(FastLVISEvaluator(NAME), dict.fromkeys(federated, []))
+    results = evaluate(FastLVISEvaluator(NAME), {image_id: [] for image_id in federated})
     assert len(results["bbox"]) == 9 and all(math.isnan(value) for value in results["bbox"].values())
 
 

@@ -10,10 +10,11 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import FPN, build_backbone
+from detectron2.modeling.backbone.resnet import BasicBlock
 from torch import Tensor, nn
 
 from d2_objssl import add_objssl_config
-from d2_objssl.modeling.backbone import build_objssl_resnet_backbone, features_at, pad_same
+from d2_objssl.modeling.backbone import DilatedBasicBlock, build_objssl_resnet_backbone, features_at, pad_same
 
 RGB = ShapeSpec(channels=3)
 NARROW = {"STEM_OUT_CHANNELS": 8, "RES2_OUT_CHANNELS": 16, "WIDTH_PER_GROUP": 4}
@@ -100,19 +101,28 @@ def test_parameters_of_deep_and_wide_resnets(depth: int, multiplier: int, millio
 
 @pytest.mark.parametrize("resnet", [NARROW, R18], ids=["R50", "R18"])
 @pytest.mark.parametrize(("dilations", "strides"), [((1, 2), (16, 16)), ((2, 4), (8, 8))])
-def test_a_dilated_resnet_is_the_strided_one_evaluated_at_every_cell(
+def test_dilated_stages_keep_the_resolution_and_the_parameters(
     resnet: dict[str, Any], dilations: tuple[int, int], strides: tuple[int, int]
 ) -> None:
-    """The "a trous" identity: of its cells, every second or fourth has the value of the network with strides."""
-    strided = build_backbone(make_cfg(**resnet)).eval()
+    strided = build_backbone(make_cfg(**resnet))
     dilated = build_backbone(make_cfg(**resnet, RES4_DILATION=dilations[0], RES5_DILATION=dilations[1])).eval()
     dilated.load_state_dict(strided.state_dict())
-    images = noise(1, 3, 128, 128)
-    expected, actual = strided(images), dilated(images)
-    for name, stride in zip(("res4", "res5"), strides, strict=True):
-        assert dilated.output_shape()[name].stride == stride and actual[name].shape[-1] == 128 // stride
-        step = strided.output_shape()[name].stride // stride
-        torch.testing.assert_close(actual[name][..., ::step, ::step], expected[name], rtol=1e-3, atol=1e-4)
+    features = dilated(noise(1, 3, 64, 64))
+    for name, stage, dilation, stride in zip(("res4", "res5"), dilated.stages[2:], dilations, strides, strict=True):
+        assert dilated.output_shape()[name].stride == stride and features[name].shape[-1] == 64 // stride
+        kernels = [m for m in stage.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+        assert len(kernels) >= 3 and all(m.dilation == m.padding == (dilation, dilation) for m in kernels)
+        if dilation > 1:
+            assert all(m.stride == (1, 1) for m in stage.modules() if isinstance(m, nn.Conv2d))
+
+
+def test_dilated_basic_block_looks_at_every_second_cell() -> None:
+    """Among the cells of even rows and columns, it is the ordinary block."""
+    torch.manual_seed(0)
+    block, dilated = BasicBlock(4, 4, norm="BN").eval(), DilatedBasicBlock(4, 4, norm="BN", dilation=2).eval()
+    dilated.load_state_dict(block.state_dict())
+    x = noise(1, 4, 9, 9)
+    torch.testing.assert_close(dilated(x)[..., ::2, ::2], block(x[..., ::2, ::2]))
 
 
 @pytest.mark.parametrize("freeze_at", [0, 5])

@@ -36,7 +36,7 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_cfg(colours: Path, output_dir: Path, *opts: Any) -> CfgNode:
-    """A linear classifier of 16-pixel images on a bottleneck ResNet of 4 to 32 channels; 12 iterations of 12 images."""
+    """A linear classifier of 16-pixel images on a bottleneck ResNet of 4 to 32 channels; 30 iterations of 12 images."""
     cfg = get_cfg()
     add_objssl_config(cfg)
     cfg.merge_from_file(str(ROOT / "configs" / "quick" / "linear_classifier_R_18_imagenette.yaml"))
@@ -46,7 +46,7 @@ def make_cfg(colours: Path, output_dir: Path, *opts: Any) -> CfgNode:
     run += ["MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16]
     run += ["MODEL.RESNETS.WIDTH_PER_GROUP", 4, "INPUT.CLASSIFICATION.CROP_SIZE", 16, "SOLVER.AMP.ENABLED", False]
     run += ["INPUT.CLASSIFICATION.TEST_SHORT_SIDE", 18, "SOLVER.IMS_PER_BATCH", 12, "SOLVER.MAX_EPOCHS", 0.0]
-    run += ["SOLVER.MAX_ITER", 12, "SOLVER.STEPS", (), "SOLVER.STEPS_EPOCHS", (), "SOLVER.WARMUP_ITERS", 0]
+    run += ["SOLVER.MAX_ITER", 30, "SOLVER.STEPS", (), "SOLVER.STEPS_EPOCHS", (), "SOLVER.WARMUP_ITERS", 0]
     cfg.merge_from_list([*run, *opts])
     cfg.freeze()
     return cfg
@@ -76,6 +76,7 @@ def test_forward_is_pool_then_linear(colours, tmp_path):
     torch.testing.assert_close(loss["loss_cls"], F.cross_entropy(logits, torch.tensor([0, 1, 2, 0])))
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_stays_and_the_classifier_learns(colours, tmp_path):
     """After training all weights and batch-norm statistics are those of MODEL.WEIGHTS; colours are told apart all the same."""
     before = make_model(make_cfg(colours, tmp_path), seed=5).backbone.state_dict()
@@ -95,7 +96,9 @@ def test_a_frozen_backbone_stays_and_the_classifier_learns(colours, tmp_path):
 def test_head_and_trunk_learn_at_their_own_rates(colours, tmp_path):
     """One step of plain SGD: the backbone moves by lr times its gradient, the head by 250 times that."""
     opts = ["MODEL.BACKBONE.FREEZE_AT", 0, "SOLVER.BASE_LR", 0.02, "SOLVER.HEAD_LR_FACTOR", 250.0]
-    cfg = make_cfg(colours, tmp_path, *opts, "SOLVER.MOMENTUM", 0.0, "MODEL.RESNETS.NORM", "BN")
+    cfg = make_cfg(
+        colours, tmp_path, *opts, "SOLVER.MOMENTUM", 0.0, "SOLVER.WARMUP_ITERS", 5, "MODEL.RESNETS.NORM", "BN"
+    )
     model = make_model(cfg).train()
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
     optimizer = build_optimizer(cfg, model)
@@ -106,8 +109,7 @@ def test_head_and_trunk_learn_at_their_own_rates(colours, tmp_path):
         torch.testing.assert_close(p.detach(), before[name] - lr * p.grad, msg=name)
     rates = {g["lr"] for g in optimizer.param_groups}
     assert rates == {0.02, 5.0}
-    scheduler = Trainer.build_lr_scheduler(cfg, optimizer)
-    scheduler.step()
+    Trainer.build_lr_scheduler(cfg, optimizer)  # begins with a warm-up
     low, high = sorted({g["lr"] for g in optimizer.param_groups})
     assert high / low == pytest.approx(250)
 
@@ -117,7 +119,6 @@ def test_head_and_trunk_learn_at_their_own_rates(colours, tmp_path):
     [
         (["MODEL.CLASSIFIER.NUM_CLASSES", 10], r"NUM_CLASSES is 10, but .*/train\" has 3 classes"),
         (["MODEL.CLASSIFIER.IN_FEATURE", "res4"], r'IN_FEATURE is "res4", but the backbone gives res5'),
-        (["MODEL.BACKBONE.NAME", "build_swin_backbone"], "FREEZE_AT is 5, but build_swin_backbone does not freeze"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(colours, tmp_path, opts, message):

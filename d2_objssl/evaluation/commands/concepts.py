@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{len(model.prototypes)} prototypes, {len(dataset)} images")
     print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     if args.output:
-        record = describe_run(args, cfg, num_images=len(dataset), wall_time_s=time.perf_counter() - start)
+        counts = {"num_images": len(dataset), "num_prototypes": len(model.prototypes)}
+        record = describe_run(args, cfg, **counts, wall_time_s=time.perf_counter() - start)
         details = {
             "object_centric": args.object_centric,
             "active_slots_histogram": search.active_histogram.tolist(),
@@ -49,8 +50,8 @@ def run(args: argparse.Namespace) -> None:
         write_record(args.output, {"task": "visual concepts", "metrics": metrics, **record, **details})
         print(args.output)
     if args.statistics_picture:
-        counts = search.active_histogram.cpu().numpy(), search.num_active.cpu().numpy()
-        save_png(args.statistics_picture, plot_prototype_use(*counts))
+        use = search.active_histogram.cpu().numpy(), search.num_active.cpu().numpy()
+        save_png(args.statistics_picture, plot_prototype_use(*use))
         print(args.statistics_picture)
     if args.picture:
         chosen = by_use(search) if selected is None else selected
@@ -108,15 +109,19 @@ def draw_pages(
 ) -> Iterator[np.ndarray]:
     """Sheets of `args.rows` prototypes each; those without a segment are left out."""
     drawn = [p for p in prototypes if search.num_segments[p] > 0]
+    if len(drawn) < len(prototypes):
+        print(f"not drawn, without a segment: {sorted(set(prototypes) - set(drawn))}")
     for first in range(0, len(drawn), args.rows):
         page = {p: top_segments(search, p) for p in drawn[first : first + args.rows]}
         images = sorted({i for segments in page.values() for i, _ in segments})
         segmented = assign_images(model, dataset, images, **run_options(args))
         rows = []
         for p, segments in page.items():
-            title = f"prototype {p}: {int(search.num_segments[p])} images"
-            masks = {i: None if args.object_centric else segmented[i][1] == p for i, _ in segments}
-            rows.append((title, [(segmented[i][0], masks[i], f"{cosine:.2f}") for i, cosine in segments]))
+            masks = [None if args.object_centric else segmented[i][1] == p for i, _ in segments]
+            captions = [f"{cosine:.2f}" for _, cosine in segments]
+            captions[0] = f"{p}: {int(search.num_segments[p])} images, {captions[0]}"
+            pictures = [segmented[i][0] for i, _ in segments]
+            rows.append(list(zip(pictures, masks, captions, strict=True)))
         yield draw_concepts(rows, args.picture_side)
 
 

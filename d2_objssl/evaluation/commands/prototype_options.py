@@ -62,14 +62,16 @@ def run_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"batch_size": args.batch_size, "num_workers": args.num_workers, "precision": args.precision}
 
 
-def describe_run(args: argparse.Namespace, cfg: CfgNode, *, num_images: int, wall_time_s: float) -> dict[str, Any]:
+def describe_run(
+    args: argparse.Namespace, cfg: CfgNode, *, num_images: int, num_prototypes: int, wall_time_s: float
+) -> dict[str, Any]:
     """The fields of a record (see evaluation/results.py) that say what was run."""
     return {
         "dataset": args.dataset,
         "num_images": num_images,
         "short_side": args.short_side,
         "crop_size": args.crop_size,
-        "num_prototypes": cfg.MODEL.SSL.SLOTCON.NUM_PROTOTYPES,
+        "num_prototypes": num_prototypes,
         "weights": weights_identity(args.weights),
         "config": config_identity(cfg, args.config_file),
         "seed": None if args.weights else args.seed,

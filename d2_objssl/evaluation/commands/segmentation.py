@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{len(found.histogram)} prototypes, {len(names)} classes, {len(dataset)} images")
     print(", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
     if args.output:
-        record = describe_run(args, cfg, num_images=len(dataset), wall_time_s=time.perf_counter() - start)
+        counts = {"num_images": len(dataset), "num_prototypes": len(found.histogram)}
+        record = describe_run(args, cfg, **counts, wall_time_s=time.perf_counter() - start)
         iou_of_class = {name: None if np.isnan(value) else float(value) for name, value in zip(names, iou, strict=True)}
         details = {"iou_per_class": iou_of_class, "class_of_prototype": matched.tolist()}
         write_record(args.output, {"task": "unsupervised segmentation", "metrics": metrics, **record, **details})
