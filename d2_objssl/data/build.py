@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 # What reading a broken image raises: OSError covers PIL's UnidentifiedImageError and missing or truncated files.
 _UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError, cv2.error)
 _MAX_ATTEMPTS = 20
+_GRACE_SECONDS = 60  # a worker lives so long after SIGTERM, for the step or the evaluation that needs its batches
 
 
 @contextmanager
@@ -176,10 +177,11 @@ class TrainLoader:
 
 
 def _init_worker(worker_id: int) -> None:
+    """Let the main process alone decide what a signal to the whole process group ends (engine.preemption)."""
     cv2.setNumThreads(0)
-    # PyTorch lets a worker die of SIGTERM. One to the whole process group would take the batch from the main process, which
-    # finishes its step or its evaluation: what handles it there, and was inherited, is put back (engine.preemption).
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # It may also come from the main process, at its end, which then waits for this one: so it is put off, not ignored.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> TrainLoader:

@@ -10,6 +10,9 @@ in the last step, or      The run just ends: nothing is left to be saved. In the
 after it                  default, and a resumed run repeats that evaluation.
 before the first step     As by default: nothing is lost.
 
+Workers of data loaders get the signals of a process group, too, and outlive them (`data.build`). An evaluation that takes
+longer than that ends with an error; the last checkpoint is the one to go on from.
+
 A second signal, from three seconds after the first, ends the process at once: checkpoints are written whole or not at all. The
 second is granted because a launcher passes on what the whole process group has got already.
 
@@ -54,12 +57,11 @@ class Preemption(HookBase):
     def __init__(self) -> None:
         self._received = 0  # number of the first signal of this process
         self._received_at = 0.0
-        self._process = os.getpid()
         self._previous: dict[int, Any] = {}
 
     def before_train(self) -> None:
         """Take over the signals; only the main thread may, and in others they stay as they are."""
-        self._received, self._process = 0, os.getpid()
+        self._received = 0
         self._latest = DelayedMax()
         self._previous = _replace_handlers(self._handle)
 
@@ -81,13 +83,11 @@ class Preemption(HookBase):
             _stop(number, f"before iteration {self.trainer.iter}; what was done for it stays")
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        """Note the first signal. Workers of data loaders inherit this handler, and outlive it as long as they are needed."""
+        """Note the first signal; the second one acts by default."""
         now = time.monotonic()
         if not self._received:
             self._received, self._received_at = number, now
-            if os.getpid() == self._process:
-                # Not by the logger, in whose middle the signal may have come.
-                os.write(2, _announcement(number).encode())
+            os.write(2, _announcement(number).encode())  # not by the logger, in whose middle the signal may have come
         elif now - self._received_at >= _REPEAT_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
