@@ -12,6 +12,8 @@ def add_objssl_config(cfg: CN) -> None:
     _add_detection_config(cfg)
     _add_label_config(cfg)
     _add_classification_config(cfg)
+    _add_depth_config(cfg)
+    _add_collapse_config(cfg)
 
 
 def _add_model_config(cfg: CN) -> None:
@@ -40,6 +42,8 @@ def _add_model_config(cfg: CN) -> None:
     ssl.EXPORT_BRANCH = "teacher"
     # Memory layout of images and convolutions. True is faster wherever it was measured.
     ssl.CHANNELS_LAST = True
+    # Compute the activations of the student's residual blocks anew in the backward pass: less memory, more time.
+    ssl.CHECKPOINT_ACTIVATIONS = False
 
     ssl.TEACHER = CN()
     ssl.TEACHER.ENABLED = True
@@ -120,6 +124,9 @@ def _add_input_config(cfg: CN) -> None:
     # False: all views show the same crop, unflipped; only the photometric part differs (supplement, Table 3e).
     ssl.GEOMETRIC = True
     ssl.FLIP_PROB = 0.5
+    # Where the colours of the views are changed: "worker" (of the loader) | "model": on the model's device, for GPUs that
+    # outrun the processor's cores.
+    ssl.AUGMENT_DEVICE = "worker"
     # Colour jitter: probability, then the strengths as in torchvision's ColorJitter.
     ssl.COLOR_JITTER_PROB = 0.8
     ssl.BRIGHTNESS = 0.4
@@ -237,3 +244,29 @@ def _add_sem_seg_config(cfg: CN) -> None:
     # Of LR_SCHEDULER_NAME "WarmupPolyLR": BASE_LR max((1 - iteration / MAX_ITER) ** POWER, CONSTANT_ENDING).
     cfg.SOLVER.POLY_LR_POWER = 0.9
     cfg.SOLVER.POLY_LR_CONSTANT_ENDING = 0.0  # a share of BASE_LR
+
+
+def _add_collapse_config(cfg: CN) -> None:
+    """When a pretraining run warns that it has collapsed (engine/collapse.py); each limit is of a metric in the log."""
+    collapse = cfg.MODEL.SSL.COLLAPSE = CN()
+    # Iterations, behind the warm-up of the learning rate, in which a metric must be beyond its limit; 0: never warn.
+    collapse.PERIOD = 100
+    # Of "feature_std" and "cell_std": 1 is the even spread over the sphere; 0.03 is a mean cosine above 0.999.
+    collapse.MIN_FEATURE_STD = 0.03
+    collapse.MIN_ACTIVE_SLOTS = 1.5  # prototypes that win a cell of a view
+    collapse.MAX_DEAD_PROTOTYPES = 0.9  # a share of all prototypes
+    collapse.MIN_POSITIVE_PAIRS = 0.1  # regions or slots of an image that are in both views
+    collapse.MAX_WITHOUT_REGION = 0.5  # a share of the images
+    collapse.MIN_CLUSTER_ENTROPY = 0.1  # 1: clusters of equal size, 0: one cluster has all cells
+
+
+def _add_depth_config(cfg: CN) -> None:
+    depth = cfg.MODEL.DEPTH = CN()  # used by MODEL.META_ARCHITECTURE "DepthEstimator" alone
+    depth.IN_FEATURES = ["p2", "p3", "p4", "p5"]  # features of the backbone that are summed at the finest one's stride
+    depth.CONVS_DIM = 128  # channels of the head
+    depth.NORM = "GN"
+    # Range of depths, metres: others are neither trained on nor scored, and predictions end at MAX.
+    depth.MIN = 0.001
+    depth.MAX = 10.0
+    depth.SILOG_LAMBDA = 0.85  # lambda of the scale-invariant loss, in [0, 1]: 0: absolute, 1: relative depth alone
+    depth.LOSS_WEIGHT = 10.0

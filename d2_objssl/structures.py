@@ -29,6 +29,7 @@ class ViewBatch:
         region_maps: (N, S, S) integer region ids of the view's pixels, moved by the image's own transforms, NO_REGION
             where there is none; with `overlapping` bit sets instead: bit r is 1 where region r covers the pixel. Or None.
         overlapping: whether `region_maps` holds bit sets of at most MAX_OVERLAPPING regions.
+        colors: (N, 11) float32, what is still to be done to the colours (`data.device_augmentation`), on the CPU; or None.
     """
 
     images: Tensor
@@ -36,6 +37,7 @@ class ViewBatch:
     hflip: Tensor
     region_maps: Tensor | None = None
     overlapping: bool = False
+    colors: Tensor | None = None
 
     def __len__(self) -> int:
         return self.images.shape[0]

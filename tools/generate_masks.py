@@ -32,6 +32,7 @@ from detectron2.utils.logger import setup_logger
 from PIL import Image
 
 from d2_objssl.data import register_image_folders
+from d2_objssl.data.bad_images import printable
 from d2_objssl.data.image_reading import read_rgb_image
 from d2_objssl.data.proposal_import import CocoRleProposals, McgProposals
 from d2_objssl.data.region_files import MapSettings, RegionIndex, map_path
@@ -168,6 +169,8 @@ def generate(args: argparse.Namespace, options: dict[str, Any]) -> None:
         progress=True,
     )
     print_report(args.output, report, max_regions)
+    if report.num_maps == 0:
+        raise ValueError(f"none of the {len(report.unreadable)} images of {' '.join(args.dataset)} could be read")
 
 
 def print_report(root: str, report: GenerationReport, max_regions: int) -> None:
@@ -183,7 +186,8 @@ def print_report(root: str, report: GenerationReport, max_regions: int) -> None:
         f"average, {report.max_ids} regions at most"
     )
     if report.unreadable:
-        print(f"{len(report.unreadable)} images could not be read and have no map:", *report.unreadable, sep="\n  ")
+        names = map(printable, report.unreadable)
+        print(f"{len(report.unreadable)} images could not be read and have no map:", *names, sep="\n  ")
 
 
 def draw_preview(root: str) -> np.ndarray:

@@ -4,6 +4,7 @@ from . import (  # noqa: F401  (they fill the catalogs and registries)
     classification,
     coco_stuff_27,
     datasets,
+    depth_datasets,
     label_map_datasets,
     large_scale_jitter,
     lvis,

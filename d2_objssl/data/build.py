@@ -14,18 +14,16 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetFromList,
-    build_detection_test_loader,
-)
+from detectron2.data import DatasetFromList, build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from .bad_images import BadImages, StrictMapper, check_test_files, printable, why_unreadable
 from .collation import collate_views
 from .dataset_mapper import ObjSSLDatasetMapper
 from .datasets import register_image_folders
+from .depth_mapper import DepthDatasetMapper
 from .known_sizes import check_datasets, check_size
 from .loading import load_dataset_dicts
 from .pair_mapper import PairDatasetMapper
@@ -35,8 +33,6 @@ from .sem_seg_mapper import SemSegDatasetMapper
 
 logger = logging.getLogger(__name__)
 
-# What reading a broken image raises: OSError covers PIL's UnidentifiedImageError and missing or truncated files.
-_UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError, cv2.error)
 _MAX_ATTEMPTS = 20
 _GRACE_SECONDS = 60  # a worker lives so long after SIGTERM, for the step or the evaluation that needs its batches
 
@@ -81,8 +77,12 @@ class MappedDataset(Dataset):
             try:
                 with _seeded(seed, position):
                     mapped = self.mapper(dataset_dict)
-            except _UNREADABLE as error:
-                replaced.append((str(dataset_dict["file_name"]), f"{type(error).__name__}: {error}"))
+            except Exception as error:
+                file_name = str(dataset_dict["file_name"])
+                reason = why_unreadable(error, file_name)
+                if reason is None:
+                    raise
+                replaced.append((file_name, reason))
                 index = int(fallback.integers(len(self.dataset)))
                 continue
             if replaced:
@@ -90,7 +90,8 @@ class MappedDataset(Dataset):
             return mapped
         path, reason = replaced[-1]
         raise RuntimeError(
-            f"{_MAX_ATTEMPTS} images drawn in a row could not be read; the last one was {path} ({reason}). "
+            f"{_MAX_ATTEMPTS} images drawn in a row could not be read; the last one was {printable(path)} "
+            f"({printable(reason)}). "
             "Check DATASETS.TRAIN."
         )
 
@@ -102,20 +103,17 @@ class TrainLoader:
         num_images: size of the data set.
         sampler: the `ResumableBatchSampler`.
         dataset: the `MappedDataset`.
-        num_bad: how many samples were replaced so far in this process.
+        bad_images: what could not be read so far in this process.
         num_cut: how many samples had more regions than MODEL.SSL.DETCON.MAX_REGION_IDS so far in this process.
     """
 
     def __init__(self, loader: DataLoader, num_images: int, max_bad: float) -> None:
         self.loader = loader
         self.num_images = num_images
-        self.max_bad = max_bad
+        self.bad_images = BadImages(max_bad)
         self.sampler: ResumableBatchSampler = loader.batch_sampler  # type: ignore[assignment]
         self.dataset: MappedDataset = loader.dataset  # type: ignore[assignment]
-        self.num_seen = 0
-        self.num_bad = 0
         self.num_cut = 0
-        self._bad_files: set[str] = set()
 
     def seek(self, batch: int) -> None:
         """Let the next iterator start with this batch of the stream."""
@@ -153,18 +151,8 @@ class TrainLoader:
         replaced = getattr(batch, "replaced", None)
         if replaced is None:
             replaced = [r for d in batch for r in d.pop("replaced", ())]
-        self.num_seen += len(batch) + len(replaced)
-        self.num_bad += len(replaced)
-        for path, reason in replaced:
-            if path not in self._bad_files:
-                self._bad_files.add(path)
-                logger.warning("Cannot read %s (%s); another image takes its place.", path, reason)
         self._count_dropped_regions(getattr(batch, "dropped_regions", ()))
-        if self.num_bad > 10 and self.num_bad > self.max_bad * self.num_seen:
-            raise RuntimeError(
-                f"{self.num_bad} of {self.num_seen} images could not be read, more than DATALOADER.MAX_BAD_IMAGES "
-                f"({self.max_bad:.0%}) allows; {len(self._bad_files)} files, for example {sorted(self._bad_files)[:3]}"
-            )
+        self.bad_images.count(len(batch), replaced)
 
     def _count_dropped_regions(self, dropped: Sequence[tuple[str, int]]) -> None:
         if dropped and self.num_cut == 0:
@@ -189,8 +177,8 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict[str, Any]], dict[str
 
     Args:
         cfg: DATASETS.TRAIN, DATALOADER.*, SOLVER.IMS_PER_BATCH, INPUT.SSL.NUM_VIEWS, INPUT.REGIONS and SEED are read.
-        mapper: default `ObjSSLDatasetMapper(cfg, True)`, `PairDatasetMapper` for pairs (INPUT.PAIRS), or
-            `SemSegDatasetMapper` for semantic segmentation.
+        mapper: default `ObjSSLDatasetMapper(cfg, True)`, `PairDatasetMapper` for pairs (INPUT.PAIRS),
+            `SemSegDatasetMapper` for semantic segmentation, or `DepthDatasetMapper` for depth.
 
     Returns:
         Loader of `SSLBatch` in pretraining, of lists of dicts in fine-tuning.
@@ -250,6 +238,8 @@ def _build_sampler(cfg: CfgNode, dicts: list[dict[str, Any]]) -> ResumableBatchS
 def _build_mapper(cfg: CfgNode, is_train: bool) -> ObjSSLDatasetMapper:
     if is_train and cfg.INPUT.SSL.NUM_VIEWS > 0 and cfg.INPUT.PAIRS.SOURCE != "none":
         return PairDatasetMapper(cfg, True)
+    if cfg.MODEL.META_ARCHITECTURE == "DepthEstimator":
+        return DepthDatasetMapper(cfg, is_train)
     is_semantic = cfg.MODEL.META_ARCHITECTURE in ("SemanticSegmentor", "SlidingWindowSegmentor")
     return (SemSegDatasetMapper if is_semantic else ObjSSLDatasetMapper)(cfg, is_train)
 
@@ -259,10 +249,21 @@ def _no_collation(batch: list[Any]) -> list[Any]:
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
-    """Detectron2's test loader with this package's mapper."""
+    """Detectron2's test loader with this package's mapper.
+
+    Raises:
+        ValueError: see `known_sizes.py`.
+        OSError: naming images that are missing or empty; while it is iterated, the one that cannot be read.
+    """
     register_image_folders([dataset_name])
     check_datasets([dataset_name], "DATASETS.TEST")
-    loader = build_detection_test_loader(cfg, dataset_name, mapper=_build_mapper(cfg, False))
+    proposal_files = None
+    if cfg.MODEL.LOAD_PROPOSALS:
+        proposal_files = [cfg.DATASETS.PROPOSAL_FILES_TEST[list(cfg.DATASETS.TEST).index(dataset_name)]]
+    dicts = get_detection_dataset_dicts(dataset_name, filter_empty=False, proposal_files=proposal_files)
+    check_size(dataset_name, len(dicts), require_complete=cfg.DATASETS.REQUIRE_COMPLETE)
+    check_test_files(dicts, dataset_name)
+    mapper = StrictMapper(_build_mapper(cfg, False), dataset_name)
+    loader = build_detection_test_loader(dicts, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
     loader.worker_init_fn = _init_worker
-    check_size(dataset_name, len(loader.dataset), require_complete=cfg.DATASETS.REQUIRE_COMPLETE)
     return loader

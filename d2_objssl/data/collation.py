@@ -56,7 +56,7 @@ def collate_views(dataset_dicts: list[dict[str, Any]]) -> SSLBatch:
 
     Args:
         dataset_dicts: N outputs of `ObjSSLDatasetMapper`, each with "views": V dicts of "image" (3, S, S) uint8,
-            "crop_box" (4,) float32 XYXY_ABS, "hflip" bool and optionally "region_map" (S, S), and optionally
+            "crop_box" (4,) float32 XYXY_ABS, "hflip" bool and optionally "region_map" (S, S) and "colors" (11,), and optionally
             "overlapping_regions" True where the region maps are bit sets; see `structures.ViewBatch`. Either all images
             have region maps or none.
     """
@@ -73,6 +73,7 @@ def collate_views(dataset_dicts: list[dict[str, Any]]) -> SSLBatch:
                 hflip=torch.tensor([v["hflip"] for v in group]),
                 region_maps=torch.stack(maps) if maps else None,
                 overlapping=overlapping == {True},
+                colors=torch.stack([v["colors"] for v in group]) if "colors" in group[0] else None,
             )
         )
     return SSLBatch(

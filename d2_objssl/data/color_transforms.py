@@ -118,13 +118,13 @@ class GaussianBlurTransform(PhotometricTransform):
 
     def apply_image(self, img: np.ndarray) -> np.ndarray:
         """Blur (H, W, 3) uint8."""
-        kernel = _extended_box(self.sigma)
+        kernel = extended_box(self.sigma)
         for _ in range(3):
             img = cv2.sepFilter2D(img, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
         return img
 
 
-def _extended_box(sigma: float) -> np.ndarray:
+def extended_box(sigma: float) -> np.ndarray:
     """(2r+3,) float32 symmetric weights that sum to 1: the box filter whose variance is a third of `sigma` squared."""
     variance = sigma * sigma / 3
     r = int((math.sqrt(12 * variance + 1) - 1) / 2)

@@ -14,8 +14,9 @@ from fvcore.transforms.transform import NoOpTransform, Transform, TransformList
 
 from ..geometry import image_to_view
 from .augmentation import FastHFlipTransform, ResizedCropTransform, build_view_augmentations, sample_crop_boxes
+from .device_augmentation import encode_colors
 from .finetune_augmentation import build_augmentation
-from .image_reading import read_rgb_image
+from .image_reading import check_image_file, read_rgb_image
 from .region_maps import RegionSource, build_region_source, limit_region_ids
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,8 @@ class ObjSSLDatasetMapper(DatasetMapper):
 
     With `INPUT.SSL.NUM_VIEWS` 0 its outputs equal those of `DatasetMapper`. Otherwise, in training, it returns
     {"file_name", "image_id", "height", "width", "views"}: one dict a view with "image" (3, S, S) uint8 RGB, "crop_box"
-    (4,) float32 XYXY_ABS in original-image pixels and "hflip" bool. All randomness is drawn from `numpy.random`.
+    (4,) float32 XYXY_ABS in original-image pixels and "hflip" bool; with INPUT.SSL.AUGMENT_DEVICE "model" also "colors" (11,)
+    float32, what is to be done to the view's colours. All randomness is drawn from `numpy.random`.
 
     With regions (INPUT.REGIONS.SOURCE) each view also has "region_map": (S, S) int16 region ids, NO_REGION where there is
     none, or int32 bit sets; "overlapping_regions" says which. "num_dropped_regions" says how many regions of an image
@@ -46,6 +48,7 @@ class ObjSSLDatasetMapper(DatasetMapper):
         geometric: bool = True,
         flip_prob: float = 0.5,
         view_augmentations: list[list[T.Augmentation]] | None = None,
+        augment_on_device: bool = False,
         region_source: RegionSource | None = None,
         max_region_ids: int = 256,
         **kwargs: Any,
@@ -60,6 +63,7 @@ class ObjSSLDatasetMapper(DatasetMapper):
             geometric: False: all views show one crop, unflipped.
             flip_prob: probability of a horizontal flip.
             view_augmentations: photometric augmentations of each view.
+            augment_on_device: draw these, but leave it to the model to apply them; see `device_augmentation.py`.
             region_source: gives images their region maps; None: views have none.
             max_region_ids: ids of label maps are below this.
             **kwargs: arguments of `DatasetMapper`.
@@ -73,6 +77,7 @@ class ObjSSLDatasetMapper(DatasetMapper):
         self.geometric = geometric
         self.flip_prob = flip_prob
         self.view_augmentations = view_augmentations or []
+        self.augment_on_device = augment_on_device
         self.region_source = region_source
         self.max_region_ids = max_region_ids
         assert len(self.view_augmentations) == num_views
@@ -102,6 +107,7 @@ class ObjSSLDatasetMapper(DatasetMapper):
             "min_overlap": ssl.MIN_OVERLAP,
             "geometric": ssl.GEOMETRIC,
             "flip_prob": ssl.FLIP_PROB,
+            "augment_on_device": _augments_on_device(cfg),
             "region_source": build_region_source(cfg),
             "max_region_ids": cfg.MODEL.SSL.DETCON.MAX_REGION_IDS,
             "view_augmentations": build_view_augmentations(
@@ -121,6 +127,7 @@ class ObjSSLDatasetMapper(DatasetMapper):
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Map one dataset dict; see the class."""
         if self.num_views == 0:
+            check_image_file(dataset_dict["file_name"])
             return super().__call__(dataset_dict)
         image = read_rgb_image(dataset_dict["file_name"])
         height, width = image.shape[:2]
@@ -158,10 +165,16 @@ class ObjSSLDatasetMapper(DatasetMapper):
         """Crop, flip and colour one view; `box` is XYXY in whole pixels of the image."""
         geometry = self._draw_geometry(box, *image.shape[:2])
         aug_input = T.AugInput(geometry.apply_image(image))
-        transforms = geometry + T.AugmentationList(augmentations)(aug_input)
+        colors = {}
+        if self.augment_on_device:
+            transforms = geometry
+            drawn = [augmentation.get_transform(aug_input.image) for augmentation in augmentations]
+            colors["colors"] = encode_colors(drawn)
+        else:
+            transforms = geometry + T.AugmentationList(augmentations)(aug_input)
         crop_box, hflip = image_to_view(transforms, aug_input.image.shape[:2])
-        pixels = torch.from_numpy(np.ascontiguousarray(aug_input.image))
-        return {"image": pixels.permute(2, 0, 1), "crop_box": torch.from_numpy(crop_box), "hflip": hflip}, transforms
+        pixels = torch.from_numpy(np.ascontiguousarray(aug_input.image)).permute(2, 0, 1)
+        return {"image": pixels, "crop_box": torch.from_numpy(crop_box), "hflip": hflip, **colors}, transforms
 
     def _draw_geometry(self, box: np.ndarray, height: int, width: int) -> TransformList:
         """The crop `box`, XYXY in whole pixels of the (height, width) image, and a flip that is drawn."""
@@ -184,6 +197,18 @@ class ObjSSLDatasetMapper(DatasetMapper):
             moved = moves.apply_segmentation(region_map).astype(np.int32 if overlapping else np.int16)
             view["region_map"] = torch.from_numpy(moved)
         return {"overlapping_regions": overlapping} | ({"num_dropped_regions": num_dropped} if num_dropped else {})
+
+
+def _augments_on_device(cfg: CfgNode) -> bool:
+    place = cfg.INPUT.SSL.AUGMENT_DEVICE
+    if place not in ("worker", "model"):
+        raise ValueError(f'INPUT.SSL.AUGMENT_DEVICE is "{place}"; known: "worker", "model"')
+    if place == "model" and cfg.INPUT.PAIRS.SOURCE != "none":
+        raise ValueError(
+            f'INPUT.SSL.AUGMENT_DEVICE is "model", but pairs (INPUT.PAIRS.SOURCE "{cfg.INPUT.PAIRS.SOURCE}") get their '
+            'colours in the loader\'s workers: set it to "worker"'
+        )
+    return place == "model"
 
 
 def _per_view(values: list[float], num_views: int, key: str) -> list[float]:

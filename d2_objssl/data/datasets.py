@@ -12,12 +12,14 @@ from __future__ import annotations
 import glob
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from .bad_images import printable
 from .classification_datasets import register_class_folders
 from .scenes import register_all_scenes
 from .voc_datasets import VOC_PREFIX, register_bccd, register_voc_folder
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_PREFIX = "images:"
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"))
+_NUM_KINDS = 5  # of other files, that a message names
 
 # name -> (folder below the dataset root, number of images of the complete set)
 _IMAGE_SETS = {
@@ -41,7 +44,7 @@ def list_images(path: str) -> list[str]:
     """List the image files below a folder, or those that a glob matches, sorted.
 
     Folders are searched recursively and links are followed, each real folder once. Files count by their suffix; what is
-    hidden (".name") is left out.
+    hidden (".name") is left out. Whether they can be read is found out when they are: links that lead nowhere are listed.
 
     Raises:
         FileNotFoundError: if the folder does not exist or the glob matches nothing.
@@ -54,7 +57,7 @@ def list_images(path: str) -> list[str]:
         if not candidates:
             raise FileNotFoundError(f'No file matches "{path}" (DATASETS: "{IMAGE_PREFIX}{path}")')
         roots = [c for c in candidates if os.path.isdir(c)] if "**" not in path else []
-        files = _without_repetitions(c for c in candidates if os.path.isfile(c))
+        files = _without_repetitions(c for c in candidates if not os.path.isdir(c))
     else:
         if not os.path.exists(root):
             raise FileNotFoundError(f'The folder "{path}" does not exist (DATASETS: "{IMAGE_PREFIX}{path}")')
@@ -67,9 +70,15 @@ def list_images(path: str) -> list[str]:
     for root in sorted(roots):
         files.extend(_walk(root, visited))
     images = sorted(f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES)
+    others = Counter(Path(f).suffix.lower() for f in files if Path(f).suffix.lower() not in IMAGE_SUFFIXES)
     if not images:
         raise ValueError(
             f'"{path}" holds {len(files)} file(s), but no image of a known type ({" ".join(sorted(IMAGE_SUFFIXES))})'
+        )
+    if others:
+        kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common(_NUM_KINDS))
+        logger.info(
+            "%s: %d other files are no images by their names: %s", printable(path), others.total(), printable(kinds)
         )
     return images
 
@@ -91,7 +100,7 @@ def _walk(root: str, visited: set[str]) -> list[str]:
     files: list[str] = []
 
     def fail(error: OSError) -> None:
-        logger.warning("Cannot read the folder %s: %s", error.filename, error.strerror)
+        logger.warning("Cannot read the folder %s: %s", printable(str(error.filename)), error.strerror)
 
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
         real = os.path.realpath(folder)
@@ -108,7 +117,7 @@ def _walk(root: str, visited: set[str]) -> list[str]:
 def load_images(path: str) -> list[dict[str, Any]]:
     """Dataset dicts ("file_name", "image_id") of `list_images(path)`."""
     files = list_images(path)
-    logger.info("Found %d images in %s", len(files), path)
+    logger.info("Found %d images in %s", len(files), printable(path))
     return [{"file_name": f, "image_id": i} for i, f in enumerate(files)]
 
 

@@ -18,6 +18,7 @@ from detectron2.structures.masks import polygons_to_bitmask
 from pycocotools import mask as coco_mask
 
 from ..proposals import boxes_to_bits
+from .image_reading import check_ordinary_file
 
 
 def shape_of(annotation: dict[str, Any]) -> dict[str, Any]:
@@ -87,6 +88,7 @@ def read_label_map(file: str) -> np.ndarray:
         OSError: naming the file, if it is missing or damaged.
         ValueError: if it does not hold one integer a pixel.
     """
+    check_ordinary_file(file)
     try:
         labels = read_image(file)
     except MemoryError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 
 import cv2
 import numpy as np
@@ -10,21 +12,25 @@ from detectron2.data.detection_utils import read_image
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+
 
 def read_rgb_image(file_name: str) -> np.ndarray:
     """Read an image as Detectron2's `read_image(file_name, "RGB")` does, but faster and more strictly.
 
     Ordinary JPEGs are decoded by OpenCV (up to 2 grey levels from Pillow's decoder), everything else by Pillow: other
     formats, CMYK, rotation by EXIF orientation, huge images. 16-bit greyscale is scaled to 8 bits, where `read_image`
-    clips it to white.
+    clips it to white. As there, of several frames or pages the first counts, and transparency does not: a transparent
+    pixel has the colour that is stored for it.
 
     Returns:
         (H, W, 3) uint8 RGB.
 
     Raises:
-        OSError: naming the file, where it is missing, empty, truncated, no image, has no pixels, or exceeds Pillow's
-            limit on decompression bombs.
+        OSError: naming the file, where it is missing, no ordinary file, empty, truncated, no image, has no pixels, holds
+            fractions or more than 16 bits, or exceeds Pillow's limit on decompression bombs.
     """
+    check_ordinary_file(file_name)
     with PathManager.open(file_name, "rb") as f:
         data = f.read()
     if not data:
@@ -42,10 +48,57 @@ def read_rgb_image(file_name: str) -> np.ndarray:
     return image
 
 
+def check_ordinary_file(file_name: str) -> None:
+    """Refuse folders, sockets, devices and pipes; these would block whoever opens them for ever.
+
+    Raises:
+        OSError: naming the file, also where it is missing.
+    """
+    if "://" not in file_name and not stat.S_ISREG(os.stat(file_name).st_mode):
+        raise OSError(f"{file_name}: is a folder, pipe, socket or device, no file")
+
+
+def check_image_file(file_name: str) -> None:
+    """Refuse what Detectron2's `read_image` would wait for, or turn into another image without a word.
+
+    Raises:
+        OSError: naming the file, if it is missing, no ordinary file, empty, no image, a JPEG whose end is zeros, or has
+            16 bits of grey or fractions, which `read_image` clips to white or black.
+    """
+    check_ordinary_file(file_name)
+    with PathManager.open(file_name, "rb") as file:
+        start = file.read(2)
+        if not start:
+            raise OSError(f"{file_name}: the file is empty")
+        if start == _JPEG_START:
+            file.seek(-1, os.SEEK_END)
+            if file.read() == b"\0":
+                file.seek(0)
+                if _is_padded_with_zeros(file.read()):
+                    raise OSError(f"{file_name}: truncated: zeros where the end of the JPEG should be")
+            return
+        file.seek(0)
+        try:
+            with Image.open(file) as image:
+                mode = image.mode
+        except Exception as error:
+            raise OSError(f"{file_name}: cannot read this image: {error}") from error
+    if mode.startswith(("I", "F")):
+        raise OSError(
+            f"{file_name}: its pixels are {mode} (more than 8 bits of grey), which Detectron2 clips at 255: convert the "
+            "image to 8 bits"
+        )
+
+
+def _is_padded_with_zeros(jpeg: bytes) -> bool:
+    """Whether the end is missing, as after a download into a file of the final size that was interrupted."""
+    return jpeg.endswith(b"\0") and not jpeg.rstrip(b"\0").endswith(_JPEG_END)
+
+
 def _decode_ordinary_jpeg(data: bytes) -> np.ndarray | None:
     """Decode a complete, upright, 8-bit, grey or YCbCr JPEG of acceptable size; return None for anything else."""
     # OpenCV silently fills the missing part of a truncated file with grey.
-    if not data.startswith(b"\xff\xd8") or not data.endswith(b"\xff\xd9"):
+    if not data.startswith(_JPEG_START) or not data.endswith(_JPEG_END):
         return None
     frame = _read_jpeg_header(data)
     if frame is None:
@@ -94,10 +147,12 @@ def _is_upright(data: bytes) -> bool:
 
 def _read_with_pillow(file_name: str, data: bytes) -> np.ndarray:
     """`read_image(file_name, "RGB")` as a writable array; refuses zero-padded JPEGs, scales 16 bits to 8."""
-    if data.startswith(b"\xff\xd8") and data.endswith(b"\0") and not data.rstrip(b"\0").endswith(b"\xff\xd9"):
+    if data.startswith(_JPEG_START) and _is_padded_with_zeros(data):
         raise ValueError("truncated: zeros where the end of the JPEG should be")
     with Image.open(io.BytesIO(data)) as header:
         mode = header.mode
+    if mode == "F":
+        raise ValueError("it holds fractions, whose white level is not known: convert it to 8 or 16 bits")
     if not mode.startswith("I"):
         return np.array(read_image(file_name, "RGB"))
     deep = read_image(file_name)  # (H, W), 16 or 32 bits

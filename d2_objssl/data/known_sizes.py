@@ -38,7 +38,10 @@ _NUM_IMAGES = {
     "cityscapes_fine_sem_seg_val": 500,
 }
 # Entries of the metadata that are files or folders.
-_PATHS = ("json_file", "panoptic_json", "sem_seg_root", "panoptic_root", "gt_dir", "image_root", "image_dir")
+_PATHS = (
+    "json_file", "panoptic_json", "list_file", "sem_seg_root", "panoptic_root", "gt_dir", "image_root", "image_dir",
+    "depth_root", "camera_root",
+)  # fmt: skip
 
 
 def expected_size(metadata: Metadata) -> int | None:

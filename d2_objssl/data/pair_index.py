@@ -27,6 +27,7 @@ from PIL import Image
 from ..parallel import map_in_processes
 from ..weight_files import write_atomically
 from .ground_truth import check_same_size, paint_objects, read_label_map, shape_of
+from .image_reading import check_ordinary_file
 
 logger = logging.getLogger(__name__)
 
@@ -197,9 +198,10 @@ def measure_image(dataset_dict: dict[str, Any], labels: LabelSet) -> list[ClassS
 def _image_size(file_name: str) -> tuple[int, int] | None:
     """(H, W) from the header; None if it cannot be read, as the data loader will notice and count."""
     try:
+        check_ordinary_file(file_name)
         with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
             width, height = image.size
-            return (width, height) if image.getexif().get(0x0112, 1) >= 5 else (height, width)
+            return (width, height) if image.getexif().get(0x0112, 1) in range(5, 9) else (height, width)
     except Exception:  # Pillow's readers raise almost anything
         return None
 

@@ -27,6 +27,7 @@ from iopath.common.file_io import file_lock
 from tqdm import tqdm
 
 from ..parallel import use_one_thread
+from .bad_images import printable
 from .image_reading import read_rgb_image
 from .region_files import ENTRIES, INDEX, MapEntry, MapSettings, file_bytes, read_entries
 from .region_keys import image_files_by_key
@@ -108,7 +109,7 @@ def generate_maps(
                 report.num_limited += one.num_dropped > 0
                 report.seconds_per_image += one.seconds / len(todo)
                 if one.reason:
-                    logger.warning("Cannot read %s (%s)", files[one.entry.key], one.reason)
+                    logger.warning("Cannot read %s (%s)", printable(files[one.entry.key]), printable(one.reason))
         if todo or not (Path(root) / INDEX).exists():
             finish_maps(root)
     _summarize(read_entries(Path(root) / ENTRIES), files, report)

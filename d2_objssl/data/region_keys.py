@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,8 @@ from detectron2.data import MetadataCatalog
 
 # What a line of text cannot hold, and the sign that marks it; lone surrogates stand for bytes that are no UTF-8.
 _SPECIAL = re.compile("[\x00-\x1f\x7f%\ud800-\udfff]")
+# Of a file or folder in a key, in UTF-8: file systems take 255, and files have ".", ".png" and ".tmp" besides.
+_MAX_NAME_BYTES = 240
 
 
 def find_image_roots(dataset_names: Iterable[str]) -> list[str]:
@@ -41,7 +44,7 @@ def assign_region_keys(dataset_dicts: Sequence[dict[str, Any]], image_roots: Seq
         root = _root_of(path, roots)
         assert root is not None
         key = path[len(os.path.dirname(root)) :].strip(os.sep)
-        dataset_dict["region_key"] = _SPECIAL.sub(_escape, key)
+        dataset_dict["region_key"] = os.sep.join(map(_shorten, _SPECIAL.sub(_escape, key).split(os.sep)))
     image_files_by_key(dataset_dicts)
 
 
@@ -69,6 +72,14 @@ def image_files_by_key(dataset_dicts: Iterable[dict[str, Any]]) -> dict[str, str
                 f"of two images, {first} and {file}: rename a folder, or use one data set at a time"
             )
     return files
+
+
+def _shorten(name: str) -> str:
+    """A name that a file system takes; the end of one that is too long becomes "%~" and its hash."""
+    if len(name.encode()) <= _MAX_NAME_BYTES:
+        return name
+    suffix = "%~" + hashlib.sha256(name.encode()).hexdigest()[:32]
+    return name.encode()[: _MAX_NAME_BYTES - len(suffix)].decode(errors="ignore") + suffix
 
 
 def _escape(match: re.Match[str]) -> str:

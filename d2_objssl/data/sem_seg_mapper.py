@@ -22,6 +22,7 @@ from detectron2.data.detection_utils import check_image_size, read_image
 
 from .dataset_mapper import ObjSSLDatasetMapper
 from .ground_truth import check_same_size, read_label_map
+from .image_reading import check_image_file
 
 
 class SemSegDatasetMapper(ObjSSLDatasetMapper):
@@ -62,6 +63,7 @@ class SemSegDatasetMapper(ObjSSLDatasetMapper):
         mapped = copy.deepcopy(dataset_dict)
         mapped.pop("annotations", None)
         label_file = mapped.pop("sem_seg_file_name", None)
+        check_image_file(mapped["file_name"])
         image = read_image(mapped["file_name"], format=self.image_format)
         check_image_size(mapped, image)
         labels = self._read_labels(label_file, image, mapped["file_name"]) if self.is_train else None

@@ -28,6 +28,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from .image_reading import check_ordinary_file
+
 logger = logging.getLogger(__name__)
 
 VOC_PREFIX = "voc:"
@@ -197,6 +199,7 @@ def _find_images(folder: str) -> dict[str, str]:
 
 
 def _image_size(file: str) -> tuple[int, int]:
+    check_ordinary_file(file)
     try:
         with Image.open(file) as image:
             width, height = image.size

@@ -50,7 +50,8 @@ class EMATeacher(HookBase):
     """Move the teacher's parameters towards the student's after every optimiser step.
 
     After step k this makes the update that the papers make before the teacher's forward pass k + 1. It depends on the
-    iteration alone, so it needs no state to resume. Batch-norm buffers stay the teacher's own.
+    iteration alone, so it needs no state to resume. Batch-norm buffers stay the teacher's own. Where the optimiser skipped
+    its step (float16), the student has not moved, and the teacher does not.
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module, momentum: float, schedule: str) -> None:
@@ -69,6 +70,8 @@ class EMATeacher(HookBase):
     @torch.no_grad()
     def after_step(self) -> None:
         """Move the teacher."""
+        if getattr(self.trainer, "step_skipped", False):
+            return
         step = self.trainer.iter + 1
         momentum = ema_momentum(step, self.trainer.max_iter, self._momentum, self._schedule)
         torch._foreach_lerp_(self._teacher, self._student, 1 - momentum)

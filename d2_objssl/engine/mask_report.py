@@ -100,7 +100,7 @@ class MaskReport:
                 continue
             small = reduce_image(image, _PICTURE_SIDE)
             tiles += [small, overlay_region_map(small, region_map)]
-            captions += [Path(d["file_name"]).name, region_caption(region_map)]
+            captions += [Path(d["region_key"]).name, region_caption(region_map)]
         return contact_sheet(tiles, 4, captions) if tiles else None
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from detectron2.utils import comm
 from detectron2.utils.logger import log_every_n_seconds
 
+from ..data.bad_images import printable
 from ..data.region_files import MapSettings, file_bytes
 from ..data.region_writer import RegionWriter, begin_maps, completed_images, finish_maps
 from .feature_clustering import BoundedImage, FeatureClusterer, read_ahead
@@ -201,7 +202,7 @@ class MaskMaker:
         for dataset_dict, image in zip(self._images_of(batch), images, strict=True):
             key, file = dataset_dict["region_key"], dataset_dict["file_name"]
             if image.pixels is None:
-                logger.warning("Cannot read %s (%s); it gets no region mask.", file, image.reason)
+                logger.warning("Cannot read %s (%s); it gets no region mask.", printable(file), printable(image.reason))
                 writer.write_unreadable(key, image_file=file)
                 counts += RoundCounts(num_unreadable=1)
             else:

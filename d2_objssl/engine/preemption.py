@@ -10,8 +10,8 @@ in the last step, or      The run just ends: nothing is left to be saved. In the
 after it                  default, and a resumed run repeats that evaluation.
 before the first step     As by default: nothing is lost.
 
-Workers of data loaders get the signals of a process group, too, and outlive them (`data.build`). An evaluation that takes
-longer than that ends with an error; the last checkpoint is the one to go on from.
+Workers of data loaders, which get the signals of a process group, too, live on for a minute (`data.build`). An evaluation that
+takes longer then ends with an error; the last checkpoint is the one to go on from.
 
 A second signal, from three seconds after the first, ends the process at once: checkpoints are written whole or not at all. The
 second is granted because a launcher passes on what the whole process group has got already.

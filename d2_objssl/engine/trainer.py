@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 import weakref
@@ -25,6 +26,7 @@ from ..data.build import TrainLoader
 from ..data.collation import split_batch
 from ..data.labelled_images import check_classes
 from ..evaluation.build import build_evaluator, check_evaluators
+from .collapse import build_collapse_monitor
 from .hooks import Checkpoints, EMATeacher, PreciseBN, RandomState
 from .optimizer import build_optimizer
 from .output_lock import OutputLock
@@ -56,8 +58,21 @@ def amp_dtype(cfg: CfgNode) -> torch.dtype | None:
     return dtype
 
 
+# float16 gradients that overflow at a smaller scale than this do so at every scale: the network computes NaN.
+_SMALLEST_SCALE = 2.0**-13
+
+
 class TrainStep(SimpleTrainer):
-    """A training step under autocast, guarded against losses that are not finite."""
+    """A training step under autocast, guarded against losses and gradients that are not finite.
+
+    Neither reaches the weights. The norm of the gradient is read when the losses are logged, where this process waits for the
+    device anyway. In float16 a gradient that overflows is expected: the scaler skips the optimiser's step and halves its
+    scale, and the run stops when that does not help. Then the teacher stays, too (`hooks.EMATeacher`), but the iteration is
+    counted: the schedules of learning rate and teacher momentum are functions of the iteration, as a resumed run needs them.
+
+    Attributes:
+        step_skipped: whether the optimiser left the weights as they were in the last iteration.
+    """
 
     def __init__(
         self,
@@ -85,6 +100,7 @@ class TrainStep(SimpleTrainer):
         self.output_dir = output_dir
         self.accumulation_steps = accumulation_steps
         self.grad_scaler = torch.amp.GradScaler(device_type, enabled=dtype is torch.float16)
+        self.step_skipped = False
 
     def run_step(self) -> None:
         """Forward and backward for every part of the batch, then one step."""
@@ -102,9 +118,16 @@ class TrainStep(SimpleTrainer):
                 for name, loss in self._backward(part, 1 / len(parts)).items():
                     loss_dict[name] = loss_dict.get(name, 0) + loss
         self.after_backward()
+        self.grad_scaler.unscale_(self.optimizer)
+        norm = gradient_norm(self.model)
         self._write_metrics(loss_dict, data_time)
+        self.step_skipped = not math.isfinite(norm.item())
+        if self.step_skipped and not self.grad_scaler.is_enabled():
+            raise self._not_finite("gradient", _nonfinite_gradients(self.model), data)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+        if self.step_skipped:
+            self._check_scale(data)
 
     def _backward(self, data: Any, weight: float) -> dict[str, torch.Tensor]:
         """Add the gradient of `weight` times the losses, and return these, weighted, without gradient."""
@@ -113,14 +136,21 @@ class TrainStep(SimpleTrainer):
                 loss_dict = self.model(data)
                 losses = sum(loss_dict.values())
         except FloatingPointError as error:  # Detectron2's RPN finds NaN before there is a loss
-            raise self._not_finite(str(error), data) from error
+            raise self._not_finite("loss", str(error), data) from error
         # Before it reaches the weights.
         if not torch.isfinite(losses.detach()):
-            raise self._not_finite(str({k: v.item() for k, v in loss_dict.items()}), data)
+            raise self._not_finite("loss", str({k: v.item() for k, v in loss_dict.items()}), data)
         self.grad_scaler.scale(losses * weight).backward()
         return {name: loss.detach() * weight for name, loss in loss_dict.items()}
 
-    def _not_finite(self, found: str, data: Any) -> FloatingPointError:
+    def _check_scale(self, data: Any) -> None:
+        """Say that a step was skipped; stop where a smaller scale of the gradients does not help."""
+        scale = self.grad_scaler.get_scale()
+        if scale < _SMALLEST_SCALE:
+            raise self._not_finite(f"gradient, even if scaled by {scale:g},", _nonfinite_gradients(self.model), data)
+        logger.info("Iteration %d: float16 gradients overflow, no step; their scale becomes %g", self.iter, scale)
+
+    def _not_finite(self, what: str, found: str, data: Any) -> FloatingPointError:
         """Save the batch, and make the error that names the iteration, what was found, the file, the last checkpoint."""
         path = os.path.join(self.output_dir, f"nonfinite_batch_{self.iter:07d}_rank{comm.get_rank()}.pth")
         torch.save(_plain(data), path)
@@ -130,7 +160,7 @@ class TrainStep(SimpleTrainer):
             with open(last) as f:
                 checkpoint = os.path.join(self.output_dir, f.read().strip())
         return FloatingPointError(
-            f"The loss became infinite or NaN at iteration {self.iter}: {found}. The batch is saved as {path}; "
+            f"The {what} became infinite or NaN at iteration {self.iter}: {found}. The batch is saved as {path}; "
             f"last good checkpoint: {checkpoint}. Try a smaller SOLVER.BASE_LR, a longer warm-up, or "
             'SOLVER.AMP.DTYPE "bfloat16".'
         )
@@ -144,6 +174,20 @@ class TrainStep(SimpleTrainer):
         super().load_state_dict(state_dict)
         if state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def gradient_norm(model: nn.Module) -> torch.Tensor:
+    """Norm of the gradient of all parameters that have one, a scalar on their device; 0 where none has."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm(gradients))))
+
+
+def _nonfinite_gradients(model: nn.Module) -> str:
+    names = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"of {', '.join(names[:3]) or 'all parameters together'}{more}"
 
 
 def _plain(data: Any) -> Any:
@@ -186,6 +230,7 @@ class Trainer(DefaultTrainer):
         check_classes(cfg)
         check_evaluators(cfg)
         cfg = resolve_schedule(cfg, data_loader.num_images)
+        data_loader.bad_images.list_in(os.path.join(cfg.OUTPUT_DIR, "bad_images.tsv"))
         self.cfg = cfg
         dtype = amp_dtype(cfg)
         logger.info("Precision: %s on %s", "float32" if dtype is None else f"autocast in {dtype}", cfg.MODEL.DEVICE)
@@ -224,6 +269,11 @@ class Trainer(DefaultTrainer):
     def autocast_dtype(self) -> torch.dtype | None:
         """Autocast's data type in training; None without AMP."""
         return self._trainer.dtype
+
+    @property
+    def step_skipped(self) -> bool:
+        """Whether the last iteration left the weights as they were; see `TrainStep`."""
+        return self._trainer.step_skipped
 
     @property
     def eval_results(self) -> dict[str, Any]:
@@ -286,6 +336,8 @@ class Trainer(DefaultTrainer):
             batches = self.data_loader.from_start
             ret.insert(before, PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, batches, cfg.TEST.PRECISE_BN.NUM_ITER))
         ret.append(RunRecord(*self._run_record, max_iter=cfg.SOLVER.MAX_ITER))
+        if cfg.MODEL.META_ARCHITECTURE == "ObjectSSL":
+            ret.append(build_collapse_monitor(cfg, model, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()))
         ret[:0] = [OutputLock(cfg.OUTPUT_DIR), *of_method]
         if getattr(model, "teacher", None) is not None:
             teacher = cfg.MODEL.SSL.TEACHER
@@ -297,17 +349,13 @@ class Trainer(DefaultTrainer):
         loader = self.data_loader
         self._trainer.reset_data_loader(lambda: loader)  # a process that is not the main one would end with them by force
         super().after_train()
-        if self.data_loader.num_bad:
-            logger.warning(
-                "%d of %d images read by this process could not be decoded and were replaced; see the warnings above.",
-                self.data_loader.num_bad,
-                self.data_loader.num_seen,
-            )
+        if self.data_loader.bad_images.num_bad:
+            logger.warning("%s", self.data_loader.bad_images.summary())
         if self.data_loader.num_cut:
             logger.warning(
                 "%d of %d images had more regions than MODEL.SSL.DETCON.MAX_REGION_IDS; their smallest ones were dropped.",
                 self.data_loader.num_cut,
-                self.data_loader.num_seen,
+                self.data_loader.bad_images.num_seen,
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,10 +15,13 @@ from PIL import Image
 from .cityscapes import CityscapesLabelEvaluator, CityscapesMaskEvaluator
 from .classification import ClassificationEvaluator
 from .coco import FastCOCOEvaluator
+from .depth import DepthEvaluator
 from .lvis import FastLVISEvaluator, require_faster_coco_eval
 from .voc import VOCEvaluator
 
-_KNOWN_TYPES = ("coco", "lvis", "pascal_voc", "cityscapes_instance", "cityscapes_sem_seg", "sem_seg", "classification")
+_KNOWN_TYPES = (
+    "coco", "lvis", "pascal_voc", "cityscapes_instance", "cityscapes_sem_seg", "sem_seg", "classification", "depth",
+)  # fmt: skip
 
 
 def _load_labels(file_name: str, dtype: Any = int) -> np.ndarray:
@@ -79,5 +82,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
         return SemSegEvaluator(
             dataset_name, distributed=True, output_dir=output_folder, sem_seg_loading_fn=_load_labels
         )
+    if evaluator_type == "depth":
+        depth, crop = cfg.MODEL.DEPTH, MetadataCatalog.get(dataset_name).get("depth_crop", "none")
+        return DepthEvaluator(min_depth=depth.MIN, max_depth=depth.MAX, crop=crop)
     assert evaluator_type == "classification"
     return ClassificationEvaluator()

@@ -16,8 +16,10 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from ..data.collation import SSLBatch, collate_views
+from ..data.device_augmentation import finish_colors
 from ..structures import RegionEmbeddings, ViewBatch
 from ..visualization import draw_regions
+from .activation_checkpointing import checkpoint_blocks
 from .methods.registry import SSL_METHOD_REGISTRY, SSLMethod
 
 # Metrics cost a device synchronisation, so they are logged as often as Detectron2 writes its logs.
@@ -72,6 +74,7 @@ class ObjectSSL(nn.Module):
         pixel_mean: tuple[float, ...],
         pixel_std: tuple[float, ...],
         channels_last: bool = True,
+        checkpoint_activations: bool = False,
         vis_period: int = 0,
     ) -> None:
         """
@@ -82,6 +85,7 @@ class ObjectSSL(nn.Module):
             export_branch: the branch used by `inference`: "student" or "teacher".
             pixel_mean, pixel_std: of RGB pixels in 0-255.
             channels_last: memory layout of images and convolutions.
+            checkpoint_activations: see `activation_checkpointing.py`.
             vis_period: iterations between pictures in TensorBoard; 0: none.
 
         Raises:
@@ -95,6 +99,8 @@ class ObjectSSL(nn.Module):
             )
         self.student = Branch(backbone, method.embedder)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False) if use_teacher else None
+        if checkpoint_activations:
+            checkpoint_blocks(self.student.backbone)
         self.criterion = method.criterion
         self.sample = method.sample
         self.separate_teacher_regions = method.separate_teacher_regions
@@ -132,6 +138,7 @@ class ObjectSSL(nn.Module):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "channels_last": cfg.MODEL.SSL.CHANNELS_LAST,
+            "checkpoint_activations": cfg.MODEL.SSL.CHECKPOINT_ACTIVATIONS,
             "vis_period": cfg.VIS_PERIOD,
         }
 
@@ -152,6 +159,7 @@ class ObjectSSL(nn.Module):
             assert isinstance(batched_inputs, list)
             return self.inference(batched_inputs)
         batch = batched_inputs if isinstance(batched_inputs, SSLBatch) else collate_views(batched_inputs)
+        batch.views = [finish_colors(view, self.device) for view in batch.views]
         views = self.preprocess_views(batch.views)
         regions = self.sample_regions(views)
         # One call per view: batch-norm statistics are per view.
