@@ -198,8 +198,9 @@ def run_in_child(cfg: CfgNode, photos: Path, *, resume: bool = False, fault: tup
     expected = 0 if fault[0] == "none" else -signal.SIGKILL
     if process.exitcode != expected:
         process.kill()
-        log = (Path(cfg.OUTPUT_DIR) / "log.txt").read_text(errors="replace")
-        raise AssertionError(f"{fault}: exit code {process.exitcode}\n{log[-5000:]}")
+        log = Path(cfg.OUTPUT_DIR) / "log.txt"
+        text = log.read_text(errors="replace")[-5000:] if log.exists() else "see above"
+        raise AssertionError(f"{fault}: exit code {process.exitcode}\n{text}")
 
 
 def losses_of(output_dir: Path) -> list[tuple[int, float]]:

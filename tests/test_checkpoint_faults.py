@@ -76,7 +76,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     write_run(tmp_path, range(2), keep=1)
     before = files_in(tmp_path)
     (tmp_path / ".model_0000002.pth.tmp").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"No space left.*about 16,\d+ bytes needed, [\d,]+ bytes free.*--resume") as caught:
+    with pytest.raises(
+        OSError, match=r"No space left.*about 16,\d+ bytes needed, [\d,]+ bytes free.*--resume"
+    ) as caught:
         write_run(tmp_path, range(2, 3), start=2, keep=1)
     assert caught.value.errno == errno.ENOSPC and "model_0000002.pth" in str(caught.value)
     assert files_in(tmp_path) == before and resumed_at(tmp_path) == 1
@@ -205,7 +207,9 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path: Path) -> None:
         orphan = int(holder.stdout.readline())
         try:
             lock = OutputLock(str(tmp_path))
-            with pytest.raises(RuntimeError, match=r"in use: process 1 on elsewhere trains into it.*another OUTPUT_DIR"):
+            with pytest.raises(
+                RuntimeError, match=r"in use: process 1 on elsewhere trains into it.*another OUTPUT_DIR"
+            ):
                 lock.before_train()
             lock.after_train()
             assert leftover.exists()

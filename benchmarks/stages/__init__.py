@@ -5,13 +5,16 @@
 
 from types import ModuleType
 
-from . import data, masks, optimizer, step
+from . import data, evaluation, losses, masks, optimizer, regions, step
 
 STAGES: dict[str, ModuleType] = {
     "data": data,
+    "regions": regions,
     "masks": masks,
+    "losses": losses,
     "step": step,
     "optimizer": optimizer,
+    "evaluation": evaluation,
 }
 
 __all__ = ["STAGES"]

@@ -31,11 +31,12 @@ _TEMPERATURES = ("SLOTCON.STUDENT_TEMP", "SLOTCON.TEACHER_TEMP", "SLOTCON.SLOT_T
 _POSITIVE = (
     *(f"MODEL.SSL.{key}" for key in (*_TEMPERATURES, "SLOTCON.NUM_PROTOTYPES", "DETCON.NUM_REGIONS")),
     *("SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.ACCUMULATION_STEPS", "SOLVER.LARS_TRUST_COEFFICIENT"),
+    "SOLVER.BASE_LR",
     *("INPUT.SSL.CROP_SIZE", "INPUT.CLASSIFICATION.CROP_SIZE", "INPUT.SEM_SEG.CROP_SIZE", "INPUT.LSJ.IMAGE_SIZE"),
 )
 _NOT_NEGATIVE = tuple(
     f"SOLVER.{key}"
-    for key in ("BASE_LR", "WEIGHT_DECAY", "WARMUP_ITERS", "WARMUP_EPOCHS", "MAX_EPOCHS", "CHECKPOINT_EPOCHS", "MAX_TO_KEEP")
+    for key in ("WEIGHT_DECAY", "WARMUP_ITERS", "WARMUP_EPOCHS", "MAX_EPOCHS", "CHECKPOINT_EPOCHS", "MAX_TO_KEEP")
 )
 _SHARES = (  # from 0 to 1: probabilities, momenta, parts of a whole; a sequence has one for each view
     *(f"INPUT.SSL.{key}_PROB" for key in ("FLIP", "COLOR_JITTER", "GRAYSCALE", "BLUR", "SOLARIZE")),
@@ -83,6 +84,39 @@ def raise_mistakes(mistakes: Iterable[str]) -> None:
 def run_checks(*checks: Callable[[], Any]) -> None:
     """Call all of the checks, each of which raises ValueError for what it finds, and raise one for all of them."""
     raise_mistakes(mistake for check in checks for mistake in _mistakes_of(check))
+
+
+def merge_node(cfg: CfgNode, node: CfgNode, where: str) -> list[str]:
+    """As `merge_pairs`, for all keys of a tree."""
+    return merge_pairs(cfg, _leaves(node), where)
+
+
+def merge_pairs(cfg: CfgNode, pairs: Iterable[tuple[str, Any]], where: str) -> list[str]:
+    """Merge full keys and values into `cfg` (in place); list those that do not go, and go on behind them.
+
+    Args:
+        cfg: the config.
+        pairs: such as ("SOLVER.MAX_ITER", "7"); text is read as Python.
+        where: what they come from, for the message.
+    """
+    known = [key for key, _ in _leaves(cfg)]
+    mistakes = []
+    for key, value in pairs:
+        try:
+            cfg.merge_from_list([key, value])
+        except AssertionError:  # yacs has no such key
+            mistakes.append(f"{key} ({where}): there is no such key{suggest(key, known)}")
+        except ValueError as error:  # of another type
+            mistakes.append(f"{key} ({where}): {error}")
+    return mistakes
+
+
+def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -233,23 +267,18 @@ def _check_features(cfg: CfgNode) -> Iterator[str]:
 
 def _check_method(cfg: CfgNode) -> list[str]:
     """What the builder of the method refuses; on the meta device it allocates nothing and draws no random numbers."""
-    shapes = {feature: ShapeSpec(channels=1, stride=32) for feature in (*cfg.MODEL.SSL.IN_FEATURES, cfg.MODEL.SSL.GRID_FEATURE)}
-    build = SSL_METHOD_REGISTRY.get(cfg.MODEL.SSL.METHOD)
-    if not cfg.MODEL.SSL.IN_FEATURES:
+    ssl, num_views = cfg.MODEL.SSL, cfg.INPUT.SSL.NUM_VIEWS
+    if not ssl.IN_FEATURES:
         return []
-    with torch.device("meta"):
-        method = None
-
-        def check() -> None:
-            nonlocal method
-            method = build(cfg, shapes)
-
-        mistakes = _mistakes_of(check)
-    if method is not None and cfg.INPUT.SSL.NUM_VIEWS not in (0, method.num_views):
-        mistakes.append(
-            f"INPUT.SSL.NUM_VIEWS is {cfg.INPUT.SSL.NUM_VIEWS}, but {cfg.MODEL.SSL.METHOD} works on {method.num_views} views"
-        )
-    return mistakes
+    shapes = {feature: ShapeSpec(channels=1, stride=32) for feature in (*ssl.IN_FEATURES, ssl.GRID_FEATURE)}
+    try:
+        with torch.device("meta"):
+            method = SSL_METHOD_REGISTRY.get(ssl.METHOD)(cfg, shapes)
+    except ValueError as error:
+        return [str(error)]
+    if num_views not in (0, method.num_views):
+        return [f"INPUT.SSL.NUM_VIEWS is {num_views}, but {ssl.METHOD} works on {method.num_views} views"]
+    return []
 
 
 def _find_oddities(cfg: CfgNode) -> Iterator[str]:

@@ -20,39 +20,63 @@ from detectron2.utils.logger import setup_logger
 
 from ..config import add_objssl_config
 from ..data import register_image_folders
+from .config_checks import find_mistakes, merge_node, merge_pairs, raise_mistakes
 from .preemption import forward_signals
 
 
-def setup_cfg(config_file: str, opts: list[str], *, stored: str = "") -> CfgNode:
+def setup_cfg(config_file: str, opts: list[str], *, stored: str = "", for_training: bool = False) -> CfgNode:
     """Merge defaults, the YAML text of a config that a checkpoint stores, a config file and KEY VALUE overrides.
 
     `images:PATH` data sets are registered. Without a GPU, MODEL.DEVICE "cuda" becomes "cpu".
 
+    Args:
+        config_file: "" for none.
+        opts: KEY VALUE overrides.
+        stored: "" for none.
+        for_training: also look for what would ruin a training run, see `config_checks.py`.
+
     Raises:
         FileNotFoundError: if the config file does not exist.
-        KeyError: for an unknown key.
-        ValueError: for a value of another type than the default's, or a key without a value.
+        ValueError: for an odd number of overrides; with all unknown keys, values of another type than the default's, names of
+            data sets that cannot be registered, and mistakes for training.
     """
+    if len(opts) % 2:
+        raise ValueError(f"Overrides come as KEY VALUE pairs, but {opts} are {len(opts)} words")
+    if config_file and not os.path.isfile(config_file):
+        raise FileNotFoundError(f"--config-file {config_file} does not exist")
     cfg = get_cfg()
     add_objssl_config(cfg)
-    if stored:
-        cfg.merge_from_other_cfg(CfgNode.load_cfg(stored))
+    mistakes = merge_node(cfg, CfgNode.load_cfg(stored), "stored config") if stored else []
     if config_file:
-        if not os.path.isfile(config_file):
-            raise FileNotFoundError(f"--config-file {config_file} does not exist")
-        cfg.merge_from_file(config_file)
-    try:
-        cfg.merge_from_list(_whole_numbers_as_floats(cfg, opts))
-    except AssertionError as error:  # yacs asserts what the user may get wrong
-        if len(opts) % 2:
-            raise ValueError(f"Overrides come as KEY VALUE pairs, but {opts} are {len(opts)} words") from error
-        raise KeyError(str(error)) from error
+        mistakes += _merge_file(cfg, config_file)
+    pairs = _whole_numbers_as_floats(cfg, opts)
+    mistakes += merge_pairs(cfg, zip(pairs[::2], pairs[1::2], strict=True), "command line")
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning('No GPU is available: MODEL.DEVICE "%s" becomes "cpu"', cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
-    register_image_folders([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        try:
+            register_image_folders([name])
+        except ValueError as error:
+            mistakes.append(str(error))
+    if for_training:
+        mistakes += find_mistakes(cfg)
+    raise_mistakes(mistakes)
     return cfg
+
+
+def _merge_file(cfg: CfgNode, config_file: str) -> list[str]:
+    """Merge a file as Detectron2 does; if that fails, key by key, to list all that is wrong."""
+    before = cfg.clone()
+    try:
+        cfg.merge_from_file(config_file)
+    except (KeyError, ValueError):
+        loaded = CfgNode(CfgNode.load_yaml_with_base(config_file))
+        mistakes = merge_node(before, loaded, config_file)
+        cfg.update(before)
+        return mistakes
+    return []
 
 
 def _whole_numbers_as_floats(cfg: CfgNode, opts: list[str]) -> list[str]:

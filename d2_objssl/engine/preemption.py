@@ -95,7 +95,8 @@ class Preemption(HookBase):
 
 def _announcement(number: int) -> str:
     name = signal.Signals(number).name
-    return f"\n{name}: the run stops after this step and its checkpoint; another {name}, in {_REPEAT_SECONDS:.0f} s, stops it at once.\n"
+    second = f"another {name}, in {_REPEAT_SECONDS:.0f} s, stops it at once"
+    return f"\n{name}: the run stops after this step and its checkpoint; {second}.\n"
 
 
 def _stop(number: int, where: str) -> NoReturn:

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from ..data.collation import split_batch
 from ..data.labelled_images import check_classes
 from ..evaluation.build import build_evaluator, check_evaluators
 from .collapse import build_collapse_monitor
+from .config_checks import check_config, run_checks
+from .disk_space import DiskSpace
 from .hooks import Checkpoints, EMATeacher, PreciseBN, RandomState
 from .optimizer import build_optimizer
 from .output_lock import OutputLock
@@ -226,9 +229,9 @@ class Trainer(DefaultTrainer):
         # DefaultTrainer.__init__ would fix the checkpointer, the AMP trainer and GPU-only DDP; only its base is called.
         super(DefaultTrainer, self).__init__()
         cfg = resolve_norms(DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()))
+        check_config(cfg)
         data_loader = self.build_train_loader(cfg)
-        check_classes(cfg)
-        check_evaluators(cfg)
+        run_checks(partial(check_classes, cfg), partial(check_evaluators, cfg))
         cfg = resolve_schedule(cfg, data_loader.num_images)
         data_loader.bad_images.list_in(os.path.join(cfg.OUTPUT_DIR, "bad_images.tsv"))
         self.cfg = cfg
@@ -338,7 +341,8 @@ class Trainer(DefaultTrainer):
         ret.append(RunRecord(*self._run_record, max_iter=cfg.SOLVER.MAX_ITER))
         if cfg.MODEL.META_ARCHITECTURE == "ObjectSSL":
             ret.append(build_collapse_monitor(cfg, model, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()))
-        ret[:0] = [OutputLock(cfg.OUTPUT_DIR), *of_method]
+        num_masks = self.data_loader.num_images if cfg.INPUT.REGIONS.SOURCE == "bootstrap" else 0
+        ret[:0] = [OutputLock(cfg.OUTPUT_DIR), DiskSpace(cfg.OUTPUT_DIR, period, keep, num_masks), *of_method]
         if getattr(model, "teacher", None) is not None:
             teacher = cfg.MODEL.SSL.TEACHER
             ret.insert(0, EMATeacher(model.teacher, model.student, teacher.MOMENTUM, teacher.MOMENTUM_SCHEDULE))
@@ -347,7 +351,8 @@ class Trainer(DefaultTrainer):
     def after_train(self) -> None:
         """End the loader's workers, close the hooks, and say how many images were unreadable."""
         loader = self.data_loader
-        self._trainer.reset_data_loader(lambda: loader)  # a process that is not the main one would end with them by force
+        # Else they are ended by force where the process is a child of Detectron2's launcher.
+        self._trainer.reset_data_loader(lambda: loader)
         super().after_train()
         if self.data_loader.bad_images.num_bad:
             logger.warning("%s", self.data_loader.bad_images.summary())

@@ -45,7 +45,7 @@ def pretraining_cfg(weights: str, config_file: str = "", opts: Sequence[str] = (
             raise ValueError(f"{weights} stores no config, so it is no checkpoint of pretraining: give --config-file")
     try:
         cfg = setup_cfg(config_file, [*opts, "MODEL.WEIGHTS", weights], stored=stored)
-    except KeyError as error:
+    except ValueError as error:
         advice = "" if config_file else "; if another version wrote it, give --config-file"
         raise ValueError(f"the config of {config_file or weights}: {error.args[0]}{advice}") from error
     if cfg.MODEL.META_ARCHITECTURE != "ObjectSSL":

@@ -388,9 +388,9 @@ def test_an_unreadable_image_is_replaced_counted_and_reported_once(folder, boxes
         batches = take(loader, 15)  # 60 samples, 3 epochs
     names = [n for b in batches for n in (b.file_names if phase == "pretraining" else [d["file_name"] for d in b])]
     assert len(names) == 60 and str(bad) not in names
-    assert loader.num_bad == 3 or phase == "fine-tuning"  # grouping may leave the last one in a bucket
-    assert loader.num_bad >= 2
-    assert loader.num_seen == 60 + loader.num_bad
+    assert loader.bad_images.num_bad == 3 or phase == "fine-tuning"  # grouping may leave the last one in a bucket
+    assert loader.bad_images.num_bad >= 2
+    assert loader.bad_images.num_seen == 60 + loader.bad_images.num_bad
     messages = [r.getMessage() for r in caplog.records if str(bad) in r.getMessage()]
     assert len(messages) == 1 and "another image takes its place" in messages[0]
 
@@ -417,7 +417,7 @@ def test_too_many_unreadable_images_stop_the_run(folder):
     loader = build_train_loader(make_cfg(f"images:{folder}"))
     with pytest.raises(RuntimeError, match=r"DATALOADER\.MAX_BAD_IMAGES \(5%\).*00\d\.jpg"):
         take(loader, 100)
-    assert loader.num_bad > 10
+    assert loader.bad_images.num_bad > 10
     patient = build_train_loader(make_cfg(f"images:{folder}", "DATALOADER.MAX_BAD_IMAGES", 0.9))
     assert len(take(patient, 20)) == 20
 
@@ -427,7 +427,7 @@ def test_a_few_unreadable_images_at_the_start_do_not_stop_the_run(folder):
     break_image(folder / "000.jpg", "empty")
     loader = build_train_loader(make_cfg(f"images:{folder}", "DATALOADER.MAX_BAD_IMAGES", 0.01))
     assert len(take(loader, 10)) == 10
-    assert loader.num_bad == 2
+    assert loader.bad_images.num_bad == 2
 
 
 def test_nothing_readable_at_all_ends_with_an_error_not_a_loop(folder):
@@ -573,7 +573,7 @@ def test_an_image_whose_map_vanished_is_replaced_counted_and_reported_once(label
     with caplog.at_level(logging.WARNING, "d2_objssl"):
         names = [name for batch in take(loader, 15) for name in batch.file_names]  # 3 epochs
     assert len(names) == 60 and not any("007.jpg" in name for name in names)
-    assert loader.num_bad == 3
+    assert loader.bad_images.num_bad == 3
     messages = [r.getMessage() for r in caplog.records if str(vanished) in r.getMessage()]
     assert len(messages) == 1 and "another image takes its place" in messages[0]
 

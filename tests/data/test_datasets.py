@@ -122,6 +122,19 @@ def test_two_stars_do_not_run_round_loops_of_links(tmp_path):
     assert sorted(os.path.basename(f) for f in files) == ["a.jpg", "b.jpg"]
 
 
+def test_a_glob_lists_links_that_lead_nowhere_as_a_folder_does(tmp_path):
+    touch(tmp_path, "a.jpg")
+    (tmp_path / "b.jpg").symlink_to("gone.jpg")
+    assert found(tmp_path / "*.jpg", tmp_path) == found(tmp_path, tmp_path) == ["a.jpg", "b.jpg"]
+
+
+def test_what_is_left_out_is_said_by_kind(tmp_path, caplog):
+    touch(tmp_path, "a.jpg", "b.gif", "sub/c.GIF", "d.txt", "e")
+    with caplog.at_level(logging.INFO, "d2_objssl"):
+        list_images(str(tmp_path))
+    assert "4 other files are no images by their names: 2 .gif, 1 .txt, 1 without suffix" in caplog.text
+
+
 # -------------------------------------------------------------------------------------------------------- errors
 
 

@@ -22,6 +22,8 @@ def boxes(tmp_path: Path, catalog: None) -> Callable[[int], str]:
     """Registers COCO-format data of N images, the last of which has no object, and returns the name."""
 
     def register(num_images: int) -> str:
+        for i in range(num_images):
+            (tmp_path / f"{i}.jpg").write_text("the loader looks whether there is something")
         images = [{"id": i, "file_name": f"{i}.jpg", "height": 40, "width": 50} for i in range(num_images)]
         objects = [
             {"id": i + 1, "image_id": i, "category_id": 1, "bbox": [1, 2, 20, 20], "area": 400, "iscrowd": 0}

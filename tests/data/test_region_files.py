@@ -93,6 +93,14 @@ def test_names_that_text_cannot_hold_are_escaped_and_stay_different(tmp_path):
     assert keys_of([tmp_path / "p" / n for n in names], [tmp_path / "p"]) == [f"p/{e}" for e in expected]
 
 
+def test_names_too_long_for_the_file_of_a_map_end_in_a_hash(tmp_path):
+    long = ["x" * 250 + ".jp", "x" * 250 + ".jq", os.fsdecode(b"\xff" * 120)]
+    keys = keys_of([tmp_path / "p" / n for n in [*long, "ü" * 120]], [tmp_path / "p"])
+    assert len(set(keys)) == 4 and keys[3] == f"p/{'ü' * 120}"
+    assert all(len(os.path.basename(k).encode()) == 240 for k in keys)
+    assert all(k.startswith(("p/xxx", "p/%FF%FF")) and "%~" in k for k in keys[:3])
+
+
 def test_two_images_of_one_key_are_refused_by_name(tmp_path):
     files = [tmp_path / "a/images/1.jpg", tmp_path / "b/images/1.jpg"]
     with pytest.raises(ValueError, match=r"images/1\.jpg.*a/images/1\.jpg.*b/images/1\.jpg"):

@@ -40,12 +40,17 @@ def test_a_missing_config_file_is_named():
         setup_cfg("no/such.yaml", [])
 
 
-def test_an_unknown_key_is_named(tmp_path):
-    with pytest.raises(KeyError, match=r"SOLVER\.MAX_ITERS"):
-        setup_cfg(QUICK, ["SOLVER.MAX_ITERS", "7"])
-    (tmp_path / "typo.yaml").write_text("SOLVER:\n  MAX_ITERS: 7\n")
-    with pytest.raises(KeyError, match=r"SOLVER\.MAX_ITERS"):
-        setup_cfg(str(tmp_path / "typo.yaml"), [])
+def test_unknown_keys_and_wrong_types_are_listed_together(tmp_path):
+    file = tmp_path / "typos.yaml"
+    file.write_text("VERSION: 2\nSOLVER:\n  MAX_ITERS: 7\n  BASE_LR: fast\nMODEL:\n  WEIGHT: {NAME: x}\nSEED: 5\n")
+    with pytest.raises(ValueError, match="5 mistakes in the config") as error:
+        setup_cfg(str(file), ["MODEL.SSL.METHODE", "SlotCon", "SEED", "many"])
+    lines = str(error.value).splitlines()[1:]
+    assert lines[0].startswith(f" 1. SOLVER.MAX_ITERS ({file}): there is no such key; did you mean SOLVER.MAX_ITER")
+    assert "SOLVER.BASE_LR" in lines[1] and "fast" in lines[1]
+    assert "MODEL.WEIGHT.NAME" in lines[2]
+    assert "MODEL.SSL.METHODE (command line)" in lines[3] and "did you mean MODEL.SSL.METHOD" in lines[3]
+    assert "SEED" in lines[4] and "many" in lines[4]
 
 
 def test_a_key_without_value_is_named():

@@ -263,4 +263,7 @@ def test_torchrun_ends_cleanly(photos: Path, folder: Path) -> None:
     assert process.wait(timeout=240) != 0
     text = (folder / "run.log").read_text()
     assert "Stopped by SIGTERM" in text and "goes on as if there had been no interruption" in text, text
-    run(pretrain_cfg(photos, folder / "run", *LONG, "SOLVER.MAX_ITER", checkpoints_in(folder / "run")[-1] + 2), "--resume")
+    run(
+        pretrain_cfg(photos, folder / "run", *LONG, "SOLVER.MAX_ITER", checkpoints_in(folder / "run")[-1] + 2),
+        "--resume",
+    )

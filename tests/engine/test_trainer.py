@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -97,11 +98,16 @@ def test_old_checkpoints_are_deleted(photos, folder):
 
 
 def test_unreadable_images_are_summed_up_at_the_end(photos, folder, caplog):
-    shutil.copytree(photos, folder / "photos")
-    (folder / "photos" / "003.jpg").write_text("no image")
+    """In a folder whose name is no UTF-8, too."""
+    odd = folder / os.fsdecode(b"photos \xe9")
+    shutil.copytree(photos, odd)
+    (odd / "003.jpg").write_text("no image")
     caplog.set_level(logging.WARNING, "d2_objssl")
-    train(pretrain_cfg(folder / "photos", folder / "run", "SOLVER.MAX_ITER", 5))  # one epoch
-    assert "1 of 21 images read by this process could not be decoded" in caplog.text
+    train(pretrain_cfg(odd, folder / "run", "SOLVER.MAX_ITER", 5))  # one epoch
+    listed = folder / "run" / "bad_images.tsv"
+    assert "1 of 21 images read by this process could not be decoded" in caplog.text and str(listed) in caplog.text
+    (line,) = listed.read_text(encoding="utf-8").splitlines()
+    assert "photos \\udce9/003.jpg\t" in line and "cannot identify" in line
 
 
 # -------------------------------------------------------------------------------------------------------- NaN guard

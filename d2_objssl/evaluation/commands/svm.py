@@ -83,10 +83,7 @@ def build_cfg(args: argparse.Namespace) -> CfgNode:
             "INPUT.FORMAT": "RGB",
         }
         opts = [*(str(x) for item in contract.items() for x in item), *opts]
-    try:
-        return setup_cfg(args.config_file, opts)
-    except KeyError as error:
-        raise ValueError(error.args[0]) from error
+    return setup_cfg(args.config_file, opts)
 
 
 def format_results(results: dict[str, ClassResult]) -> str:
