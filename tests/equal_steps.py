@@ -33,7 +33,7 @@ BATCH = 4  # images of all processes
 
 _COMMON: list[Any] = ["SOLVER.IMS_PER_BATCH", BATCH, "SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 0]
 # Not AdamW: it makes whole steps of the rounding errors of gradients that are 0, those of biases before a batch norm.
-_COMMON += ["SOLVER.OPTIMIZER", "LARS", "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.BASE_LR", 1.0]
+_COMMON += ["SOLVER.OPTIMIZER", "LARS", "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.BASE_LR", 0.1]
 _OF_METHOD: dict[str, list[Any]] = {
     "CYBORGS": [
         "MODEL.SSL.CYBORGS.WARMUP_EPOCHS", 0.0, "MODEL.SSL.CYBORGS.VMF_PERIOD", 1, "INPUT.REGIONS.SOURCE", "grid",
@@ -119,7 +119,7 @@ class _Gradients(HookBase):
         self.gradients: list[dict[str, Tensor]] = []
         self.metrics: list[dict[str, float]] = []
 
-    def after_backward(self) -> None:
+    def after_step(self) -> None:
         model = self.trainer.checkpointer.model
         self.gradients.append({k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None})
         self.metrics.append({k: float(v) for k, v in model.criterion.metrics.items()})

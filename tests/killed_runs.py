@@ -153,6 +153,8 @@ def _inject(trainer: Trainer, kind: str, number: int) -> contextlib.AbstractCont
 
 def _main(config: str, resume: bool, fault: tuple[str, int], photos: Path, seed: int) -> None:
     torch.set_num_threads(1)
+    # Workers of data loaders are forked, as in a process that was started by a command.
+    multiprocessing.set_start_method("fork", force=True)
     _register_pairs(photos.parent / "labelled")
     cfg = get_cfg()
     add_objssl_config(cfg)

@@ -299,6 +299,14 @@ def test_unreadable_images_are_reported_and_do_not_fail_training(tool, photos, t
     assert "1 images could not be read" in capsys.readouterr().out
 
 
+def test_a_folder_without_any_readable_image_is_an_error(tool, photos, tmp_path, capsys):
+    for file in photos.rglob("*.png"):
+        file.write_text("no image")
+    with pytest.raises(SystemExit, match=r"none of the 6 images of images:.*/photos could be read"):
+        tool.main(["--dataset", f"images:{photos}", "--source", "grid", "--output", str(tmp_path / "root")])
+    assert "a/3.png" in capsys.readouterr().out
+
+
 def test_a_label_map_of_another_size_stops_with_its_name(tool, photos, tmp_path, catalog):
     cv2.imwrite(str(tmp_path / "labels.png"), np.zeros((4, 4), dtype=np.uint8))
     record = {"file_name": str(photos / "a/1.png"), "sem_seg_file_name": str(tmp_path / "labels.png")}

@@ -1,7 +1,7 @@
 """Generated rooms whose depths follow from the picture, in the layout of NYUv2.
 
-The floor of a room meets its wall where the wall is far or near; boxes stand on the floor, smaller and higher in the image
-the farther away they are. So the depth of a pixel can be seen, up to the texture of the surfaces.
+Boxes stand on the floor of a room, smaller and higher in the image the farther away they are, and the light comes from the
+camera: what is far is dark. So the depth of a pixel can be seen, up to the colour and texture of its surface.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 
 MAX_DEPTH = 10.0  # metres
 _SCALE = 1000  # values a metre
+_REACH = 4.0  # metres, in which the light falls to 1 / e
 
 
 def draw_room(seed: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -26,16 +27,16 @@ def draw_room(seed: int, height: int, width: int) -> tuple[np.ndarray, np.ndarra
     wall = rng.uniform(4.0, 9.0)
     floor = 1.5 * focal / np.maximum(rows - horizon, 1e-6)
     depth = np.minimum(floor, wall) * np.ones((1, width))
-    floor_color, wall_color = rng.uniform(90, 200, (2, 3))
+    floor_color, wall_color = rng.uniform(150, 255, (2, 3))
     image = np.where((floor < wall)[..., None], floor_color, wall_color) * np.ones((1, width, 1))
     for distance in np.sort(rng.uniform(2.5, wall, 3))[::-1]:
         size, bottom = focal * rng.uniform(0.6, 1.0) / distance, horizon + 1.5 * focal / distance
         left = rng.uniform(-0.2, 0.9) * width
         box = np.s_[max(round(bottom - size), 0) : max(round(bottom), 0), max(round(left), 0) : max(round(left + size), 0)]
-        depth[box], image[box] = distance, rng.uniform(0, 255, 3)
+        depth[box], image[box] = distance, rng.uniform(150, 255, 3)
     noise = rng.normal(0, 10, (height // 8, width // 8, 3))
     image += cv2.resize(noise, (width, height), interpolation=cv2.INTER_NEAREST)
-    return np.clip(image, 0, 255).astype(np.uint8), depth
+    return np.clip(image * np.exp(-depth / _REACH)[..., None], 0, 255).astype(np.uint8), depth
 
 
 def write_rooms(root: Path, *, num_train: int, num_test: int, height: int = 480, width: int = 640) -> None:

@@ -5,12 +5,13 @@
 
 from types import ModuleType
 
-from . import data, evaluation, losses, masks, optimizer, regions, step
+from . import bootstrap, data, evaluation, losses, masks, optimizer, regions, step
 
 STAGES: dict[str, ModuleType] = {
     "data": data,
     "regions": regions,
     "masks": masks,
+    "bootstrap": bootstrap,
     "losses": losses,
     "step": step,
     "optimizer": optimizer,

@@ -36,12 +36,14 @@ def why_unreadable(error: Exception, file_name: str) -> str | None:
         error: what a mapper raised.
         file_name: of the image.
     """
+    reason = f"{type(error).__name__}: {error}"
     if isinstance(error, _UNREADABLE):
-        return f"{type(error).__name__}: {error}"
-    try:  # Pillow's decoders raise almost anything, which Detectron2's mapper lets through
-        read_rgb_image(file_name)
-    except OSError as reason:
-        return str(reason)
+        return reason
+    if os.path.isfile(file_name):
+        try:  # Pillow's decoders raise almost anything, which Detectron2's mapper lets through
+            read_rgb_image(file_name)
+        except OSError:
+            return reason
     return None
 
 

@@ -88,8 +88,8 @@ def read_label_map(file: str) -> np.ndarray:
         OSError: naming the file, if it is missing or damaged.
         ValueError: if it does not hold one integer a pixel.
     """
-    check_ordinary_file(file)
     try:
+        check_ordinary_file(file)
         labels = read_image(file)
     except MemoryError:
         raise

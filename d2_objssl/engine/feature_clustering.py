@@ -25,9 +25,12 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
+from detectron2.layers import Conv2d
 from detectron2.modeling import Backbone
 from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..data.image_reading import read_rgb_image
 from ..modeling.backbone import features_at
@@ -133,7 +136,21 @@ def _copy_for_inference(backbone: Backbone) -> nn.Module:
     main_buffers = comm.all_gather(buffers)[0]
     for name, buffer in network.named_buffers():
         buffer.copy_(main_buffers[name])
+    _fold_batch_norm(network)
     return network
+
+
+def _fold_batch_norm(network: nn.Module) -> None:
+    """Let each convolution do what the batch norm behind it does, in place: fewer passes over memory."""
+    for conv in network.modules():
+        if isinstance(conv, Conv2d) and isinstance(conv.norm, _BatchNorm):
+            norm = conv.norm
+            assert norm.running_mean is not None and norm.running_var is not None
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            conv.requires_grad_(False)
+            conv.norm = None
 
 
 class BoundedImage(NamedTuple):

@@ -95,6 +95,8 @@ class DepthEstimator(nn.Module):
         # Without an FPN the backbone asks for no padding, but the sum needs maps that fit each other.
         self.size_divisibility = max(backbone.size_divisibility, *strides)
         self.head = SemSegFPNHead(shapes, num_classes=1, conv_dims=conv_dim, common_stride=self.stride, norm=norm)
+        # The head's own spread goes by its number of outputs: with one it is so large that the sigmoid is saturated.
+        nn.init.normal_(self.head.predictor.weight, std=0.01)
         self.min_depth = min_depth
         self.max_depth = max_depth
         self.variance_focus = variance_focus

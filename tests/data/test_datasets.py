@@ -129,10 +129,10 @@ def test_a_glob_lists_links_that_lead_nowhere_as_a_folder_does(tmp_path):
 
 
 def test_what_is_left_out_is_said_by_kind(tmp_path, caplog):
-    touch(tmp_path, "a.jpg", "b.gif", "sub/c.GIF", "d.txt", "e")
+    touch(tmp_path, "a.jpg", "b.gif", "sub/c.GIF", "d.gif", "e.txt", "f.txt", "g")
     with caplog.at_level(logging.INFO, "d2_objssl"):
         list_images(str(tmp_path))
-    assert "4 other files are no images by their names: 2 .gif, 1 .txt, 1 without suffix" in caplog.text
+    assert "6 other files are no images by their names: 3 .gif, 2 .txt, 1 without suffix" in caplog.text
 
 
 # -------------------------------------------------------------------------------------------------------- errors

@@ -279,3 +279,23 @@ def test_all_processes_end_when_one_has_no_space_left(photos, folder):
     assert first.startswith("Process 1 of 2 failed: OSError: Cannot write region masks to") and "No space left" in first
     assert second.startswith("Cannot write region masks to") and "No space left" in second
     assert not (folder / "round").exists()
+
+
+def test_folded_batch_norms_change_rounding_only(photos, network):
+    """The statistics and scales are random ones, so that a fold of the wrong layer would show."""
+    generator = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for values in (module.weight.data, module.running_var):
+                values.copy_(torch.rand(values.shape, generator=generator) + 0.5)
+            module.bias.data.copy_(torch.randn(module.bias.shape, generator=generator))
+    image = read_rgb_image(str(sorted(photos.iterdir())[0]))
+    ours = clusterer(network)
+    features = ours._features(image)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in ours._network.modules())
+    network.eval()
+    with torch.no_grad():
+        pixels = normalize(torch.from_numpy(image).permute(2, 0, 1)[None])
+        expected = feature_clustering.features_at(network, pixels, SETTINGS.feature)[0]
+    assert (features - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules())  # the copy alone was changed

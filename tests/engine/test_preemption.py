@@ -229,7 +229,7 @@ LONG = ("SOLVER.MAX_ITER", 400, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_TO_KE
 @pytest.mark.parametrize(("number", "num_processes"), [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
 def test_the_command_ends_cleanly(photos: Path, folder: Path, number: signal.Signals, num_processes: int) -> None:
     """The signal goes to the whole process group, workers included, as from Slurm or from Ctrl-C in a terminal."""
-    cfg = pretrain_cfg(photos, folder / "run", *LONG)
+    cfg = pretrain_cfg(photos, folder / "run", *LONG, "DATALOADER.NUM_WORKERS", 3 - num_processes)
     launch = ("--num-gpus", str(num_processes), "--dist-url", f"file://{folder}/store")
     process = start(cfg, *launch)
     wait_until(lambda: bool(checkpoints_in(folder / "run")), process)

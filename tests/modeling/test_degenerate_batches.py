@@ -69,15 +69,13 @@ METHODS += ["CYBORGS, warm-up", "SemCL", "SemCL, unpaired"]
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("case", ["one image", "images of one colour", "the same image twice"])
+@pytest.mark.parametrize("case", ["one image", "images of one colour"])
 def test_degenerate_images(name: str, case: str) -> None:
     """Cells that are all alike make one cluster, one slot, equal logits and features without spread."""
     batch = batch_for(name, 1 if case == "one image" else 2)
     if case == "images of one colour":
         for view in (v for image in batch for v in image["views"]):
             view["image"] = torch.full_like(view["image"], 128)
-    if case == "the same image twice":
-        batch = [batch[0], batch[0]]
     losses_and_gradients(model_of(name), batch)
 
 
