@@ -12,6 +12,7 @@ from detectron2.modeling import build_model
 from d2_objssl.config import add_objssl_config
 from d2_objssl.data import register_image_folders
 from d2_objssl.engine import resolve_norms, resolve_schedule
+from d2_objssl.engine.config_checks import find_mistakes
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml"))
@@ -103,6 +104,16 @@ def test_datasets_are_in_the_catalog(config):
     register_image_folders([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         assert name in DatasetCatalog, name
+
+
+@pytest.mark.parametrize("config", RUNNABLE)
+def test_config_checks_find_no_mistake(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = load(config)
+    if cfg.INPUT.REGIONS.ROOT:
+        Path(cfg.INPUT.REGIONS.ROOT).mkdir(parents=True)
+    register_image_folders([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    assert not find_mistakes(cfg)
 
 
 @pytest.mark.parametrize("config", RUNNABLE)

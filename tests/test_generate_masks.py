@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.logger import setup_logger
 
 from d2_objssl.data.image_reading import read_rgb_image
 from d2_objssl.data.region_files import MapSettings, RegionIndex, file_bytes, map_path
@@ -31,6 +32,9 @@ SETTINGS = MapSettings("test", {}, False, "image", ["photos"])
 
 @pytest.fixture(scope="module")
 def tool(load_tool):
+    setup_logger(
+        name="d2_objssl"
+    )  # once only, before the first test: from then on nothing propagates to the root logger
     return load_tool("generate_masks")
 
 

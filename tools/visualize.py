@@ -35,6 +35,7 @@ from torch import nn
 from d2_objssl.attention import attention_map, overlay_attention
 from d2_objssl.checkpoint import ObjSSLCheckpointer, checkpoint_metadata
 from d2_objssl.data import ObjSSLDatasetMapper, build_test_loader, build_train_loader
+from d2_objssl.data.ground_truth import read_label_map
 from d2_objssl.detection_drawing import draw_detections, draw_ground_truth
 from d2_objssl.engine import resolve_norms, setup_cfg
 from d2_objssl.visualization import (
@@ -102,19 +103,27 @@ def draw_predicted_detections(cfg: CfgNode, args: argparse.Namespace) -> np.ndar
     for mapped in first_images(cfg, name, args.num_images):
         with torch.no_grad():
             prediction = model([mapped])[0]
-        if "instances" not in prediction:
-            raise ValueError(f'MODEL.META_ARCHITECTURE "{cfg.MODEL.META_ARCHITECTURE}" predicts no instances')
-        image = read_image(mapped["file_name"], "RGB")
-        images += [
-            draw_ground_truth(ground_truth[mapped["file_name"]], metadata),
-            draw_detections(image, prediction["instances"], metadata, args.score_threshold),
-        ]
-        captions += [
-            f"{os.path.basename(mapped['file_name'])}: ground truth",
-            f"predictions from {args.score_threshold:.0%}",
-        ]
+        pair, caption = draw_prediction(prediction, ground_truth[mapped["file_name"]], metadata, args.score_threshold)
+        images += pair
+        captions += [f"{os.path.basename(mapped['file_name'])}: ground truth", caption]
     images = [x if max(x.shape) <= _MAX_DETECTION_SIDE else resize_longer_side(x, _MAX_DETECTION_SIDE) for x in images]
     return contact_sheet(images, 2, captions)
+
+
+def draw_prediction(
+    prediction: dict[str, Any], record: dict[str, Any], metadata: Any, score_threshold: float
+) -> tuple[list[np.ndarray], str]:
+    """Draw the ground truth of an image and what a model predicts, instances or classes of pixels; and a caption."""
+    image = read_image(record["file_name"], "RGB")
+    if "instances" in prediction:
+        detected = draw_detections(image, prediction["instances"], metadata, score_threshold)
+        return [draw_ground_truth(record, metadata), detected], f"predictions from {score_threshold:.0%}"
+    if "sem_seg" in prediction:
+        labels = read_label_map(record["sem_seg_file_name"])
+        labels[labels == metadata.ignore_label] = -1  # stays uncoloured
+        predicted = prediction["sem_seg"].argmax(dim=0).cpu().numpy()
+        return [overlay_region_map(image, labels), overlay_region_map(image, predicted)], "predicted classes"
+    raise ValueError(f"The model predicts {sorted(prediction)}: neither instances nor classes of pixels")
 
 
 def draw_attention_maps(cfg: CfgNode, args: argparse.Namespace) -> np.ndarray:

@@ -404,7 +404,7 @@ def test_labels_of_the_picture_before_it_was_turned_are_refused(tmp_path, mapper
 # ---------------------------------------------------------------------------------------------- names
 
 
-def test_names_that_no_text_can_hold(tmp_path, catalog, caplog, capsys, load_tool):
+def test_names_that_no_text_can_hold(tmp_path, catalog, caplog, capsys, monkeypatch, load_tool):
     """Bytes that are no UTF-8, tabs, newlines, quotes, and as long as a file system takes; one of them unreadable."""
     folder = tmp_path / os.fsdecode(b"\xff folder")
     folder.mkdir()
@@ -418,10 +418,12 @@ def test_names_that_no_text_can_hold(tmp_path, catalog, caplog, capsys, load_too
     options = ("DATALOADER.MAX_BAD_IMAGES", 1.0, "INPUT.REGIONS.SOURCE", "file", "INPUT.REGIONS.ROOT", str(maps))
     loader = build_train_loader(make_cfg(*PRETRAIN, "DATASETS.TRAIN", (f"images:{folder}",), *options))
     loader.bad_images.list_in(str(tmp_path / "bad.tsv"))
+    monkeypatch.setattr(logging.getLogger("d2_objssl"), "propagate", True)  # the tool has turned it off
     with caplog.at_level(logging.WARNING, "d2_objssl"):
         batch = next(iter(loader))
     assert batch.views[0].region_maps is not None
     assert (tmp_path / "bad.tsv").read_text(encoding="utf-8").startswith(printable(str(bad)) + "\t")
+    assert caplog.records
     for record in caplog.records:
         record.getMessage().encode("utf-8")  # what the handler of a log file does
     torch.save({"file_names": batch.file_names}, tmp_path / "batch.pth")  # of a loss that is not finite

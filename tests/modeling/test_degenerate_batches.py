@@ -16,6 +16,8 @@ from tiny_slotcon import SIDE, tiny_batch, tiny_model
 from d2_objssl.modeling import ObjectSSL
 from d2_objssl.structures import NO_REGION
 
+NARROW: list[Any] = ["MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.STEM_OUT_CHANNELS", 8]
+NARROW += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "MODEL.RESNETS.WIDTH_PER_GROUP", 4]
 NOTHING = torch.full((SIDE, SIDE), NO_REGION, dtype=torch.int16)
 Batch = list[dict[str, Any]]
 
@@ -29,12 +31,12 @@ def _cyborgs() -> ObjectSSL:
 @cache
 def model_of(name: str) -> ObjectSSL:
     models: dict[str, Callable[[], ObjectSSL]] = {
-        "SlotCon": tiny_model,
-        "SlotCon, projection": lambda: tiny_model("MODEL.SSL.SLOTCON.ALIGN", "projection"),
-        "SlotCon, regression": lambda: tiny_model("MODEL.SSL.SLOTCON.SLOT_LOSS", "regression"),
-        "SlotCon, image loss": lambda: tiny_model("MODEL.SSL.SLOTCON.IMAGE_LOSS_WEIGHT", 0.5),
-        "DetConB": tiny_detcon,
-        "DetConS": lambda: tiny_detcon(*DETCON_S),
+        "SlotCon": lambda: tiny_model(*NARROW),
+        "SlotCon, projection": lambda: tiny_model(*NARROW, "MODEL.SSL.SLOTCON.ALIGN", "projection"),
+        "SlotCon, regression": lambda: tiny_model(*NARROW, "MODEL.SSL.SLOTCON.SLOT_LOSS", "regression"),
+        "SlotCon, image loss": lambda: tiny_model(*NARROW, "MODEL.SSL.SLOTCON.IMAGE_LOSS_WEIGHT", 0.5),
+        "DetConB": lambda: tiny_detcon(*NARROW),
+        "DetConS": lambda: tiny_detcon(*NARROW, *DETCON_S),
         "CYBORGS": _cyborgs,
         "CYBORGS, warm-up": _cyborgs,
         "SemCL": semcl_model,
