@@ -179,7 +179,8 @@ def start_child(
     """Start `run_in_child` and do not wait for it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["d2_objssl", "d2_objssl.engine"])
-    seed = 12345 if resume else 0  # what a resumed run does must not depend on how its process began
+    # What a resumed run does must not depend on how its process began. Without a checkpoint it begins again.
+    seed = 12345 if resume and list(Path(cfg.OUTPUT_DIR).glob("model_*.pth")) else 0
     process = context.Process(target=_main, args=(cfg.dump(), resume, fault, photos, seed))
     process.start()
     return process

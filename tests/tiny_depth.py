@@ -32,7 +32,9 @@ def draw_room(seed: int, height: int, width: int) -> tuple[np.ndarray, np.ndarra
     for distance in np.sort(rng.uniform(2.5, wall, 3))[::-1]:
         size, bottom = focal * rng.uniform(0.6, 1.0) / distance, horizon + 1.5 * focal / distance
         left = rng.uniform(-0.2, 0.9) * width
-        box = np.s_[max(round(bottom - size), 0) : max(round(bottom), 0), max(round(left), 0) : max(round(left + size), 0)]
+        box = np.s_[
+            max(round(bottom - size), 0) : max(round(bottom), 0), max(round(left), 0) : max(round(left + size), 0)
+        ]
         depth[box], image[box] = distance, rng.uniform(150, 255, 3)
     noise = rng.normal(0, 10, (height // 8, width // 8, 3))
     image += cv2.resize(noise, (width, height), interpolation=cv2.INTER_NEAREST)

@@ -35,7 +35,9 @@ from torch import nn
 from d2_objssl.attention import attention_map, overlay_attention
 from d2_objssl.checkpoint import ObjSSLCheckpointer, checkpoint_metadata
 from d2_objssl.data import ObjSSLDatasetMapper, build_test_loader, build_train_loader
+from d2_objssl.data.depth_mapper import read_depth_map
 from d2_objssl.data.ground_truth import read_label_map
+from d2_objssl.depth_drawing import draw_depth
 from d2_objssl.detection_drawing import draw_detections, draw_ground_truth
 from d2_objssl.engine import resolve_norms, setup_cfg
 from d2_objssl.visualization import (
@@ -113,7 +115,7 @@ def draw_predicted_detections(cfg: CfgNode, args: argparse.Namespace) -> np.ndar
 def draw_prediction(
     prediction: dict[str, Any], record: dict[str, Any], metadata: Any, score_threshold: float
 ) -> tuple[list[np.ndarray], str]:
-    """Draw the ground truth of an image and what a model predicts, instances or classes of pixels; and a caption."""
+    """Draw the ground truth of an image and what a model predicts, instances, classes of pixels or depth; and a caption."""
     image = read_image(record["file_name"], "RGB")
     if "instances" in prediction:
         detected = draw_detections(image, prediction["instances"], metadata, score_threshold)
@@ -123,7 +125,12 @@ def draw_prediction(
         labels[labels == metadata.ignore_label] = -1  # stays uncoloured
         predicted = prediction["sem_seg"].argmax(dim=0).cpu().numpy()
         return [overlay_region_map(image, labels), overlay_region_map(image, predicted)], "predicted classes"
-    raise ValueError(f"The model predicts {sorted(prediction)}: neither instances nor classes of pixels")
+    if "depth" in prediction:
+        depth = prediction["depth"].cpu().numpy()
+        farthest = float(depth.max())
+        pictures = [np.hstack([image, draw_depth(read_depth_map(record), farthest)]), draw_depth(depth, farthest)]
+        return pictures, f"predicted depth, red near, blue {farthest:.1f} m"
+    raise ValueError(f"The model predicts {sorted(prediction)}: neither instances, nor classes of pixels, nor depth")
 
 
 def draw_attention_maps(cfg: CfgNode, args: argparse.Namespace) -> np.ndarray:

@@ -47,7 +47,9 @@ def load_listed_depths(list_file: str, image_root: str, depth_root: str, depth_s
     for number, line in enumerate(lines, start=1):
         image, depth, *_ = [*line.split(), "", ""]
         if image and not depth:
-            raise ValueError(f'{list_file}, line {number}: "{line}" has no depth map; needed: image, depth map, focal length')
+            raise ValueError(
+                f'{list_file}, line {number}: "{line}" has no depth map; needed: image, depth map, focal length'
+            )
         if image and depth != "None":
             paths = [os.path.join(root, p.lstrip("/")) for root, p in ((image_root, image), (depth_root, depth))]
             dicts.append({"file_name": paths[0], "image_id": image, "depth_file_name": paths[1]})
@@ -94,7 +96,10 @@ def register_depth_datasets(root: str) -> None:
         root: the dataset root.
     """
     nyu, kitti, cityscapes = (os.path.join(root, folder) for folder in ("nyu_depth_v2", "kitti", "cityscapes"))
-    for split, folder, num_images in (("train", "sync", 24_231), ("test", os.path.join("official_splits", "test"), 654)):
+    for split, folder, num_images in (
+        ("train", "sync", 24_231),
+        ("test", os.path.join("official_splits", "test"), 654),
+    ):
         listed, images = os.path.join(nyu, f"nyudepthv2_{split}_files_with_gt.txt"), os.path.join(nyu, folder)
         load = partial(load_listed_depths, listed, images, images, _NYU_SCALE)
         files = {"list_file": listed, "image_root": images, "depth_root": images}
@@ -106,7 +111,9 @@ def register_depth_datasets(root: str) -> None:
         files = {"list_file": listed, "image_root": images, "depth_root": depths}
         _register(f"kitti_eigen_{split}", load, num_images, depth_crop="garg_kitti", max_depth=80.0, **files)
     for split, num_images in (("train", 2_975), ("val", 500)):
-        images, disparities, cameras = (os.path.join(cityscapes, x, split) for x in ("leftImg8bit", "disparity", "camera"))
+        images, disparities, cameras = (
+            os.path.join(cityscapes, x, split) for x in ("leftImg8bit", "disparity", "camera")
+        )
         load = partial(load_cityscapes_depths, images, disparities, cameras)
         files = {"image_root": images, "depth_root": disparities, "camera_root": cameras}
         _register(f"cityscapes_depth_{split}", load, num_images, depth_crop="garg", max_depth=80.0, **files)

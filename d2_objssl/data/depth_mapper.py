@@ -67,7 +67,9 @@ def read_depth_map(dataset_dict: dict[str, Any]) -> np.ndarray:
     """
     file = dataset_dict.get("depth_file_name")
     if file is None:
-        raise ValueError(f"{dataset_dict['file_name']} has no depth map (depth_file_name): its data set has other labels")
+        raise ValueError(
+            f"{dataset_dict['file_name']} has no depth map (depth_file_name): its data set has other labels"
+        )
     values = read_label_map(file)
     if 0 < values.max(initial=0) < 256:
         raise ValueError(f"{file}: the largest value is {values.max()}; depth maps are PNGs of 16 bits, this one has 8")

@@ -137,6 +137,9 @@ def build_collapse_monitor(cfg: CfgNode, model: nn.Module, images_per_process: i
         return None
     prototypes = getattr(model, "prototypes", None)
     # What keys give as a share, metrics count.
-    totals = {"images_without_region": images_per_process, "dead_prototypes": 0 if prototypes is None else len(prototypes)}
+    totals = {
+        "images_without_region": images_per_process,
+        "dead_prototypes": 0 if prototypes is None else len(prototypes),
+    }
     limits = [Limit(metric, key, collapse[key] * totals.get(metric, 1), text) for metric, key, text in _MEANINGS]
     return CollapseMonitor(limits, period=collapse.PERIOD, start=cfg.SOLVER.WARMUP_ITERS)

@@ -5,7 +5,6 @@ What needs the data, the model or the file system's free space is checked by tho
 
 from __future__ import annotations
 
-import difflib
 import glob
 import logging
 import math
@@ -24,13 +23,14 @@ from ..data.datasets import IMAGE_PREFIX
 from ..data.finetune_augmentation import AUGMENTATION_REGISTRY
 from ..data.region_maps import build_region_source
 from ..modeling.methods import SSL_METHOD_REGISTRY
+from .config_merging import raise_mistakes, suggest
 
 logger = logging.getLogger(__name__)
 
 _TEMPERATURES = ("SLOTCON.STUDENT_TEMP", "SLOTCON.TEACHER_TEMP", "SLOTCON.SLOT_TEMP", "DETCON.TEMP", "SEMCL.TEMP")
 _POSITIVE = (
     *(f"MODEL.SSL.{key}" for key in (*_TEMPERATURES, "SLOTCON.NUM_PROTOTYPES", "DETCON.NUM_REGIONS")),
-    *("SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.ACCUMULATION_STEPS", "SOLVER.LARS_TRUST_COEFFICIENT"),
+    *("SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.LARS_TRUST_COEFFICIENT"),
     "SOLVER.BASE_LR",
     *("INPUT.SSL.CROP_SIZE", "INPUT.CLASSIFICATION.CROP_SIZE", "INPUT.SEM_SEG.CROP_SIZE", "INPUT.LSJ.IMAGE_SIZE"),
 )
@@ -40,7 +40,12 @@ _NOT_NEGATIVE = tuple(
 )
 _SHARES = (  # from 0 to 1: probabilities, momenta, parts of a whole; a sequence has one for each view
     *(f"INPUT.SSL.{key}_PROB" for key in ("FLIP", "COLOR_JITTER", "GRAYSCALE", "BLUR", "SOLARIZE")),
-    *("INPUT.SSL.MIN_OVERLAP", "INPUT.SSL.CROP_SCALE", "INPUT.CLASSIFICATION.CROP_SCALE", "INPUT.CLASSIFICATION.FLIP_PROB"),
+    *(
+        "INPUT.SSL.MIN_OVERLAP",
+        "INPUT.SSL.CROP_SCALE",
+        "INPUT.CLASSIFICATION.CROP_SCALE",
+        "INPUT.CLASSIFICATION.FLIP_PROB",
+    ),
     *("MODEL.SSL.TEACHER.MOMENTUM", "MODEL.SSL.SLOTCON.CENTER_MOMENTUM", "MODEL.SSL.SLOTCON.GROUP_LOSS_WEIGHT"),
     *("MODEL.SWIN.DROP_PATH_RATE", "SOLVER.MOMENTUM", "DATALOADER.MAX_BAD_IMAGES", "INPUT.PAIRS.MIN_AREA"),
 )
@@ -74,55 +79,9 @@ def find_mistakes(cfg: CfgNode) -> list[str]:
     return [mistake for check in checks for mistake in check(cfg)]
 
 
-def raise_mistakes(mistakes: Iterable[str]) -> None:
-    """Raise the ValueError that lists the mistakes, if there are any."""
-    if mistakes := list(dict.fromkeys(mistakes)):
-        lines = "".join(f"\n {i}. {mistake}" for i, mistake in enumerate(mistakes, start=1))
-        raise ValueError(f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''} in the config:{lines}")
-
-
 def run_checks(*checks: Callable[[], Any]) -> None:
     """Call all of the checks, each of which raises ValueError for what it finds, and raise one for all of them."""
     raise_mistakes(mistake for check in checks for mistake in _mistakes_of(check))
-
-
-def merge_node(cfg: CfgNode, node: CfgNode, where: str) -> list[str]:
-    """As `merge_pairs`, for all keys of a tree."""
-    return merge_pairs(cfg, _leaves(node), where)
-
-
-def merge_pairs(cfg: CfgNode, pairs: Iterable[tuple[str, Any]], where: str) -> list[str]:
-    """Merge full keys and values into `cfg` (in place); list those that do not go, and go on behind them.
-
-    Args:
-        cfg: the config.
-        pairs: such as ("SOLVER.MAX_ITER", "7"); text is read as Python.
-        where: what they come from, for the message.
-    """
-    known = [key for key, _ in _leaves(cfg)]
-    mistakes = []
-    for key, value in pairs:
-        try:
-            cfg.merge_from_list([key, value])
-        except AssertionError:  # yacs has no such key
-            mistakes.append(f"{key} ({where}): there is no such key{suggest(key, known)}")
-        except ValueError as error:  # of another type
-            mistakes.append(f"{key} ({where}): {error}")
-    return mistakes
-
-
-def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """What to say of an unknown word: "; did you mean ...?", or nothing where no known one is near."""
-    near = difflib.get_close_matches(word, list(known), n=2)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _mistakes_of(check: Callable[[], Any]) -> list[str]:
@@ -195,7 +154,7 @@ def _check_batch(cfg: CfgNode) -> Iterator[str]:
     batch, steps, processes = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS, comm.get_world_size()
     if batch % processes:
         yield f"SOLVER.IMS_PER_BATCH is {batch}; it must be a multiple of the number of processes, {processes}"
-    elif steps > 0 and batch // processes % steps:
+    elif steps < 1 or batch // processes % steps:
         yield (
             f"SOLVER.ACCUMULATION_STEPS is {steps}; it must be a positive divisor of the batch of a process, "
             f"{batch // processes} (SOLVER.IMS_PER_BATCH divided by the number of processes)"
@@ -254,7 +213,11 @@ def _check_pretraining(cfg: CfgNode) -> Iterator[str]:
 
 def _check_features(cfg: CfgNode) -> Iterator[str]:
     ssl, name = cfg.MODEL.SSL, cfg.MODEL.BACKBONE.NAME
-    node = {"build_resnet_backbone": "RESNETS", "build_objssl_resnet_backbone": "RESNETS", "build_swin_backbone": "SWIN"}
+    node = {
+        "build_resnet_backbone": "RESNETS",
+        "build_objssl_resnet_backbone": "RESNETS",
+        "build_swin_backbone": "SWIN",
+    }
     if not ssl.IN_FEATURES:
         yield "MODEL.SSL.IN_FEATURES is empty; name features of the backbone, for example res5"
     if name in node:

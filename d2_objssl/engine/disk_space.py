@@ -52,7 +52,9 @@ class DiskSpace(HookBase):
         count = self._count_new_checkpoints(len(checkpointer.periodic_checkpoints()))
         masks = _MASK_ROUNDS * self._num_masks * _MASK_BYTES
         needed, free = count * size + masks, shutil.disk_usage(self._folder).free
-        plan = f"{count} checkpoints of about {size:,} bytes" + (f" and {masks:,} bytes of region masks" if masks else "")
+        plan = f"{count} checkpoints of about {size:,} bytes" + (
+            f" and {masks:,} bytes of region masks" if masks else ""
+        )
         if needed > free:
             raise OSError(
                 f"OUTPUT_DIR {self._folder} has {free:,} bytes free, but the run will write {plan}: {needed:,} bytes. Free some "

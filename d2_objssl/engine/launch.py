@@ -20,7 +20,8 @@ from detectron2.utils.logger import setup_logger
 
 from ..config import add_objssl_config
 from ..data import register_image_folders
-from .config_checks import find_mistakes, merge_node, merge_pairs, raise_mistakes
+from .config_checks import find_mistakes
+from .config_merging import merge_node, merge_pairs, raise_mistakes
 from .preemption import forward_signals
 
 

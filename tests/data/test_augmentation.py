@@ -540,7 +540,7 @@ def test_blur_equals_pillow_on_real_images(real_photographs, sigma):
 
 @pytest.mark.parametrize("sigma", [0.0, 0.05, *np.arange(0.1, 3.0, 0.1), 5.0, 12.0])
 def test_blur_kernel(sigma):
-    kernel = color_transforms._extended_box(sigma)
+    kernel = color_transforms.extended_box(sigma)
     assert kernel.dtype == np.float32 and kernel.sum() == 1 and kernel.min() >= 0
     np.testing.assert_array_equal(kernel, kernel[::-1])
     reach = len(kernel) // 2

@@ -170,7 +170,7 @@ def test_depth_moves_with_the_pixels(slope, opts, tolerance):
         assert depth.dtype == np.float32 and depth.shape == red.shape
         inner = np.s_[2:-2, 2:-2]  # bilinear resizing repeats the edges
         difference = (depth - (1 + red / 8 + green))[inner]
-        assert np.abs(difference).max() <= tolerance and abs(difference.mean()) <= 0.3 * tolerance
+        assert np.abs(difference).max() <= tolerance and abs(difference.mean()) <= 0.5 * tolerance
         flipped.add(bool(red[0, 0] > red[0, -1]))
     assert flipped == ({False} if "none" in opts else {True, False})
 

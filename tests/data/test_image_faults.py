@@ -107,13 +107,13 @@ CONTENTS = {
     "jpeg without pixels": b"\xff\xd8\xff\xd9",
     **{f"jpeg, {share:.0%}": cut(JPEG, share) for share in (0.1, 0.5, 0.99)},
     **{f"progressive jpeg, {share:.0%}": cut(PROGRESSIVE, share) for share in (0.1, 0.5, 0.99)},
-    "half a jpeg, then zeros": cut(JPEG, 0.5) + bytes(len(JPEG) // 2),
+    "70% of a jpeg, then zeros": cut(JPEG, 0.7) + bytes(len(JPEG)),
     "half a png": cut(encode(picture(), "PNG"), 0.5),
     "half a webp": cut(encode(picture(), "WEBP"), 0.5),
     "half a tiff": cut(encode(picture(), "TIFF"), 0.5),
     "a damaged png": encode(picture(), "PNG").replace(b"IDAT", b"IDXT"),
     "a decompression bomb": big_png_header(),
-    "fractions": encode(Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)), "TIFF"),
+    "fractions": encode(Image.fromarray(picture()[:, :, 0].astype(np.float32) / 255), "TIFF"),
 }
 OTHERS: dict[str, Callable[[Path], Any]] = {
     "vanished": lambda path: None,

@@ -57,7 +57,8 @@ def test_healthy_and_passing_values_are_not_warned_about(caplog: Any) -> None:
         return CollapseMonitor([Limit("feature_std", "MIN_FEATURE_STD", 0.03, "")], period=100, start=40)
 
     assert not warnings_of(monitor(), lambda i: HEALTHY, caplog)
-    assert not warnings_of(monitor(), lambda i: {"feature_std": 0.0 if i < 140 else 0.4}, caplog)  # 80 iterations behind 40
+    # 80 iterations behind the first 40.
+    assert not warnings_of(monitor(), lambda i: {"feature_std": 0.0 if i < 140 else 0.4}, caplog)
     assert not warnings_of(monitor(), lambda i: {"feature_std": 0.0 if i % 100 < 80 else 0.4}, caplog)
     assert not warnings_of(monitor(), lambda i: {"other": 0.0}, caplog)
 

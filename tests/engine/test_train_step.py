@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,9 @@ def test_float16_overflow_skips_optimizer_and_teacher_but_counts_the_iteration(t
     ema = EMATeacher(teacher, step.model.layer, 0.5, "constant")
     step.register_hooks([ema, hooks.LRScheduler(step.optimizer, schedule), recorder, Follower()])
     step.train(0, 5)
-    moved = [not torch.equal(a, b) for a, b in zip(recorder.weights, recorder.weights[1:], strict=False)]
+    moved = [not torch.equal(a, b) for a, b in pairwise(recorder.weights)]
     assert moved == [False, False, True, True]
-    assert [not torch.equal(a, b) for a, b in zip(followed, followed[1:], strict=False)] == moved
+    assert [not torch.equal(a, b) for a, b in pairwise(followed)] == moved
     assert recorder.rates == pytest.approx([0.1 / i for i in (2, 3, 4, 5, 6)])  # a function of the iteration alone
     assert step.grad_scaler.get_scale() == 2.0**8
     assert "Iteration 1: float16 gradients overflow" in caplog.text and not step.step_skipped
