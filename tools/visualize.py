@@ -128,7 +128,7 @@ def draw_prediction(
     if "depth" in prediction:
         depth = prediction["depth"].cpu().numpy()
         farthest = float(depth.max())
-        pictures = [np.hstack([image, draw_depth(read_depth_map(record), farthest)]), draw_depth(depth, farthest)]
+        pictures = [np.vstack([image, draw_depth(x, farthest)]) for x in (read_depth_map(record), depth)]
         return pictures, f"predicted depth, red near, blue {farthest:.1f} m"
     raise ValueError(f"The model predicts {sorted(prediction)}: neither instances, nor classes of pixels, nor depth")
 

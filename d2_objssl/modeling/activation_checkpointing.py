@@ -49,14 +49,15 @@ def _contexts(block: nn.Module) -> tuple[AbstractContextManager[Any], AbstractCo
 def _frozen_statistics(block: nn.Module) -> Iterator[None]:
     """Let batch-norm layers see a batch for the second time without counting it again."""
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
-    counts = [m.num_batches_tracked.clone() if m.num_batches_tracked is not None else None for m in norms]
+    tracked = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
+    counts = [count.clone() for count in tracked]
     momenta = [m.momentum for m in norms]
     for norm in norms:
         norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-            if count is not None:
-                norm.num_batches_tracked.copy_(count)
+        for now, count in zip(tracked, counts, strict=True):
+            now.copy_(count)
