@@ -24,31 +24,10 @@ from ..data.finetune_augmentation import AUGMENTATION_REGISTRY
 from ..data.region_maps import build_region_source
 from ..modeling.methods import SSL_METHOD_REGISTRY
 from .config_merging import raise_mistakes, suggest
+from .config_ranges import check_ranges, value_of
 
 logger = logging.getLogger(__name__)
 
-_POSITIVE = (
-    "SOLVER.IMS_PER_BATCH SOLVER.CHECKPOINT_PERIOD SOLVER.BASE_LR SOLVER.LARS_TRUST_COEFFICIENT "
-    "MODEL.SSL.SLOTCON.STUDENT_TEMP MODEL.SSL.SLOTCON.TEACHER_TEMP MODEL.SSL.SLOTCON.SLOT_TEMP MODEL.SSL.DETCON.TEMP "
-    "MODEL.SSL.SEMCL.TEMP MODEL.SSL.SLOTCON.NUM_PROTOTYPES MODEL.SSL.DETCON.NUM_REGIONS INPUT.SSL.CROP_SIZE "
-    "INPUT.CLASSIFICATION.CROP_SIZE INPUT.SEM_SEG.CROP_SIZE INPUT.LSJ.IMAGE_SIZE"
-).split()
-_NOT_NEGATIVE = (
-    "SOLVER.WEIGHT_DECAY SOLVER.WARMUP_ITERS SOLVER.WARMUP_EPOCHS SOLVER.MAX_EPOCHS SOLVER.CHECKPOINT_EPOCHS "
-    "SOLVER.MAX_TO_KEEP"
-).split()
-# From 0 to 1: probabilities, momenta, parts of a whole; where the value is a sequence, all of it.
-_SHARES = (
-    "INPUT.SSL.FLIP_PROB INPUT.SSL.COLOR_JITTER_PROB INPUT.SSL.GRAYSCALE_PROB INPUT.SSL.BLUR_PROB INPUT.SSL.SOLARIZE_PROB "
-    "INPUT.SSL.MIN_OVERLAP INPUT.SSL.CROP_SCALE INPUT.CLASSIFICATION.CROP_SCALE INPUT.CLASSIFICATION.FLIP_PROB "
-    "INPUT.PAIRS.MIN_AREA MODEL.SSL.TEACHER.MOMENTUM MODEL.SSL.SLOTCON.CENTER_MOMENTUM MODEL.SWIN.DROP_PATH_RATE "
-    "MODEL.SSL.SLOTCON.GROUP_LOSS_WEIGHT SOLVER.MOMENTUM DATALOADER.MAX_BAD_IMAGES"
-).split()
-# Ranges (low, high).
-_LOW_HIGH = (
-    "INPUT.SSL.CROP_SCALE INPUT.SSL.CROP_RATIO INPUT.SSL.BLUR_SIGMA INPUT.CLASSIFICATION.CROP_SCALE "
-    "INPUT.CLASSIFICATION.CROP_RATIO INPUT.SEM_SEG.SCALE_RANGE"
-).split()
 _CHOICES = {
     "SOLVER.OPTIMIZER": ("SGD", "LARS", "ADAMW"),
     "SOLVER.AMP.DTYPE": ("bfloat16", "float16"),
@@ -70,7 +49,7 @@ def check_config(cfg: CfgNode) -> None:
 
 def find_mistakes(cfg: CfgNode) -> list[str]:
     """List what would ruin a training run, one sentence each with key, value and what is allowed."""
-    checks = [_check_names, _check_ranges, _check_data_sets, _check_weights, _check_batch, _check_schedule]
+    checks = [_check_names, check_ranges, _check_data_sets, _check_weights, _check_batch, _check_schedule]
     checks.append(_check_pretraining if cfg.MODEL.META_ARCHITECTURE == "ObjectSSL" else _check_fine_tuning)
     return [mistake for check in checks for mistake in check(cfg)]
 
@@ -88,12 +67,6 @@ def _mistakes_of(check: Callable[[], Any]) -> list[str]:
     return []
 
 
-def _value(cfg: CfgNode, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
-
-
 def _check_names(cfg: CfgNode) -> Iterator[str]:
     known: dict[str, Iterable[str]] = {
         "MODEL.META_ARCHITECTURE": [name for name, _ in META_ARCH_REGISTRY],
@@ -103,25 +76,9 @@ def _check_names(cfg: CfgNode) -> Iterator[str]:
         **_CHOICES,
     }
     for key, names in known.items():
-        value = _value(cfg, key)
+        value = value_of(cfg, key)
         if value not in names:
             yield f'{key} is "{value}"; known: {", ".join(sorted(names))}{suggest(value, names)}'
-
-
-def _check_ranges(cfg: CfgNode) -> Iterator[str]:
-    for keys, low, high, allowed in (
-        (_POSITIVE, math.ulp(0.0), math.inf, "more than 0"),
-        (_NOT_NEGATIVE, 0.0, math.inf, "at least 0"),
-        (_SHARES, 0.0, 1.0, "from 0 to 1"),
-    ):
-        for key in keys:
-            value = _value(cfg, key)
-            if not all(low <= v <= high for v in (value if isinstance(value, (list, tuple)) else [value])):
-                yield f"{key} is {value}; it must be {allowed}"
-    for key in _LOW_HIGH:
-        value = _value(cfg, key)
-        if len(value) != 2 or not 0 <= value[0] <= value[1]:
-            yield f"{key} is {value}; it must be two numbers, the smaller one first, none of them negative"
 
 
 def _check_data_sets(cfg: CfgNode) -> Iterator[str]:

@@ -141,11 +141,12 @@ class Checkpoints(PeriodicCheckpointer):
 
     def step(self, iteration: int, **kwargs: Any) -> None:
         """Write the checkpoints that are due after this iteration."""
-        if (iteration + 1) % self.period == 0 or iteration + 1 in self._also_before:
-            self.write(iteration, **kwargs)
+        # First: a run that is killed behind its last numbered checkpoint has no step left in which to write it.
         if iteration + 1 == self.max_iter:
             with fail_together():
                 self.checkpointer.save(f"{self.file_prefix}_final", iteration=iteration, **kwargs)
+        if (iteration + 1) % self.period == 0 or iteration + 1 in self._also_before:
+            self.write(iteration, **kwargs)
 
     def write(self, iteration: int, **kwargs: Any) -> None:
         """Write a checkpoint of this iteration unless there is one; older ones are deleted when it is on the disk."""

@@ -90,7 +90,7 @@ class DepthEvaluator(DatasetEvaluator):
     def __init__(self, *, min_depth: float, max_depth: float, crop: str = "none") -> None:
         """
         Args:
-            min_depth, max_depth: of the true depths that are scored, both included, metres.
+            min_depth, max_depth: true depths between them are scored, metres.
             crop: see `scored_area`.
         """
         self.min_depth = min_depth
@@ -119,7 +119,7 @@ class DepthEvaluator(DatasetEvaluator):
         """Errors of one image, None if no pixel of it is scored; both (H, W)."""
         area = scored_area(self.crop, *truth.shape)
         prediction, truth = prediction[area], truth[area]
-        valid = (truth >= self.min_depth) & (truth <= self.max_depth)
+        valid = (truth > self.min_depth) & (truth < self.max_depth)
         if not valid.any():
             return None
         return depth_errors(prediction[valid].clamp(self.min_depth, self.max_depth), truth[valid])
@@ -139,8 +139,8 @@ class DepthEvaluator(DatasetEvaluator):
         scored = [errors for errors in by_image.values() if errors is not None]
         if not scored:
             raise ValueError(
-                f"None of the {len(by_image)} images of DATASETS.TEST has a measured depth from {self.min_depth:g} to "
-                f"{self.max_depth:g} m (MODEL.DEPTH.MIN, MAX) in the crop {self.crop}"
+                f"None of the {len(by_image)} images of DATASETS.TEST has a measured depth between {self.min_depth:g} "
+                f"and {self.max_depth:g} m (MODEL.DEPTH.MIN, MAX) in the crop {self.crop}"
             )
         if len(scored) < len(by_image):
             logger.warning("%d of %d images have no depth to score", len(by_image) - len(scored), len(by_image))

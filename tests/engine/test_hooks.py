@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Collection
 from types import SimpleNamespace
 
 import pytest
@@ -142,7 +143,11 @@ def test_different_networks_are_refused() -> None:
         EMATeacher(nn.Linear(2, 3), nn.Linear(3, 2), 0.99, "cosine")
 
 
-def test_checkpoints_are_also_written_before_certain_iterations() -> None:
+@pytest.mark.parametrize(("period", "also_before", "last"), [(4, {3, 4}, [2, 3, "final"]), (3, (), [2, "final", 5])])
+def test_checkpoints_are_also_written_before_certain_iterations(
+    period: int, also_before: Collection[int], last: list[int | str]
+) -> None:
+    """The final one comes first: behind a numbered one of the same iteration, a killed run would never write it."""
     saved = []
     checkpointer = SimpleNamespace(
         save=lambda name, **state: saved.append((name, state["iteration"])),
@@ -151,10 +156,11 @@ def test_checkpoints_are_also_written_before_certain_iterations() -> None:
         periodic_checkpoints=lambda: {},
         path_manager=None,
     )
-    hook = Checkpoints(checkpointer, 4, max_to_keep=2, also_before=frozenset({3, 4}))
+    hook = Checkpoints(checkpointer, period, max_to_keep=2, also_before=also_before)
     hook.trainer = SimpleNamespace(iter=0, start_iter=0, max_iter=6)
     hook.before_train()
     for hook.trainer.iter in range(6):
         hook.after_step()
-    assert saved == [("model_0000002", 2), ("model_0000003", 3), ("model_final", 5)]
-    assert hook.recent_checkpoints == ["model_0000002.pth", "model_0000003.pth"]
+    names = {n: "model_final" if n == "final" else f"model_{n:07d}" for n in last}
+    assert saved == [(names[n], 5 if n == "final" else n) for n in last]
+    assert hook.recent_checkpoints == [f"{names[n]}.pth" for n in last if n != "final"]

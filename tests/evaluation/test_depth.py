@@ -99,7 +99,7 @@ def test_without_a_pixel_to_score_there_is_no_error(tmp_path):
     evaluator = DepthEvaluator(min_depth=0.5, max_depth=10.0)
     evaluator.process([image], [{"depth": torch.ones(6, 8)}])
     with pytest.raises(
-        ValueError, match=r"None of the 1 images.*0.5 to 10 m \(MODEL.DEPTH.MIN, MAX\) in the crop none"
+        ValueError, match=r"None of the 1 images.*0.5 and 10 m \(MODEL.DEPTH.MIN, MAX\) in the crop none"
     ):
         evaluator.evaluate()
 
