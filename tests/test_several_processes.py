@@ -14,9 +14,12 @@ import torch
 from equal_steps import METHODS, two_steps
 from tiny_runs import write_photos
 from tiny_slotcon import REPO_ROOT
+from torch import Tensor
 
-# Of the largest entry of a tensor. Student and teacher are in double precision, the criterion in single precision.
-TOLERANCE = 1e-5
+# Of the largest entry of a tensor. The first gradient differs by the rounding of the criterion, which is in single
+# precision; what follows from the first step by as much magnified.
+FIRST_TOLERANCE, TOLERANCE = 1e-5, 2e-3
+NO_GRADIENT = 1e-5  # largest entry of what rounding leaves of it for biases before a batch norm
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +55,16 @@ def alone(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
     return {method: two_steps(method, photos, folder) for method in METHODS}
 
 
-def assert_close(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], what: str) -> None:
-    assert ours.keys() == expected.keys()
+def assert_close(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, what: str) -> None:
     for name, value in expected.items():
-        scale = value.abs().max().item()
         difference = (ours[name] - value).abs().max().item()
-        assert difference <= TOLERANCE * max(scale, 1e-6), f"{what} {name}: {difference} of {scale}"
+        scale = value.abs().max().item()
+        assert difference <= tolerance * scale, f"{what} of {name}: {difference} of {scale}"
+
+
+def moves(run: dict[str, Any], names: list[str]) -> dict[str, Tensor]:
+    """What two steps change."""
+    return {name: run["end"][name] - run["start"][name] for name in names}
 
 
 @pytest.mark.slow
@@ -65,16 +72,27 @@ def assert_close(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 def test_two_processes_equal_one_with_the_doubled_batch(
     launched: dict[str, Any], alone: dict[str, dict[str, Any]], method: str
 ) -> None:
-    """Images, gradients, LARS, the teacher, the centre and batch norm, over two steps."""
+    """Images, gradients, optimiser, teacher, centre and batch norm, over two steps.
+
+    Region ids of process 1 have no counterpart in the other view in the second step (`equal_steps.DrawnByImage`).
+    """
     two, one = torch.load(launched["folder"] / f"{method}.pth"), alone[method]
     if method == "SlotCon":
-        pairs = [[m["positive_pairs"] for m in process] for process in two["metrics"]]
-        assert pairs[0] == pairs[1], "the mean of the processes' means is the mean over all pairs"
-    for step in (0, 1):
-        assert_close(two["gradients"][step], one["gradients"][step], f"gradient of step {step}")
-    # PyTorch's running variance is the unbiased one, that of naiveSyncBN the one by which it divides.
-    kept = {k: v for k, v in one["state"].items() if "running_var" not in k and v.is_floating_point()}
-    assert_close({k: two["state"][k] for k in kept}, kept, "state")
+        assert two["pairs"][0] == two["pairs"][1], "else the mean of two means is not the mean over all pairs"
+    if method in ("DetConS", "DetConB", "CYBORGS"):
+        assert two["pairs"][0][1] > 0 and two["pairs"][1] == [two["pairs"][1][0], 0] and two["pairs"][1][0] > 0
+    trained = [name for name, g in one["gradients"][0].items() if g.abs().max() > NO_GRADIENT]
+    assert len(trained) > 0.95 * len(one["gradients"][0])
+    for step, tolerance in enumerate((FIRST_TOLERANCE, TOLERANCE)):
+        expected = {name: one["gradients"][step][name] for name in trained}
+        assert_close(two["gradients"][step], expected, tolerance, f"gradient {step}")
+    # Moves of the criterion are shorter than single precision tells apart. PyTorch's running variance is the unbiased
+    # one, that of naiveSyncBN the one by which it divides.
+    moving = [n for n in one["end"] if n.replace("teacher.", "student.") in trained or n.endswith("running_mean")]
+    moving = [n for n in moving if not n.startswith("criterion.")]
+    assert_close(moves(two, moving), moves(one, moving), TOLERANCE, "move")
+    if method == "SlotCon":
+        torch.testing.assert_close(two["end"]["criterion.center"], one["end"]["criterion.center"])
     assert two["differing"] == [[], []]
 
 

@@ -68,9 +68,9 @@ def test_it_can_be_switched_off() -> None:
 
 
 class Collapse(HookBase):
-    """Makes the projector give one constant, whatever the image."""
+    """Makes the projector give one constant, whatever the image and whatever was learnt."""
 
-    def before_train(self) -> None:
+    def before_step(self) -> None:
         last = list(self.trainer.model.student.embedder.projector.layers)[-1]
         torch.nn.init.zeros_(last.weight)
         torch.nn.init.ones_(last.bias)
