@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import DEFAULT_TIMEOUT
 from detectron2.engine import default_setup as d2_default_setup
 from detectron2.engine import launch as d2_launch
 from detectron2.utils import comm
@@ -117,7 +118,7 @@ def _run_under_torchrun(main_func: Callable[..., Any], args: argparse.Namespace)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)  # as in Detectron2's launch
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     try:
         return main_func(args)

@@ -4,6 +4,8 @@ import logging
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -180,6 +182,58 @@ def test_pretraining_under_torchrun(photos, folder):
     assert all(v.isfinite().all() for v in final["model"].values())
     log = (folder / "run" / "log.txt").read_text()
     assert "SyncBN is replaced by naiveSyncBN" in log
+
+
+# ------------------------------------------------------------------------------------------------ Slurm
+
+# Slurm's commands, and a Python that notes its arguments and waits for SIGTERM in jobs of that name.
+_FAKES = {
+    "scontrol": """[ "$1" = show ] && printf 'node-a\\nnode-b\\n' || echo "$@" > requeued""",
+    "scancel": """[ "$1" = --signal=TERM ] && [ "$2" = 40007 ] && kill -TERM "$(cat pid)" """,
+    "srun": """while [ "$1" != bash ]; do shift; done; SLURM_NODEID=1 exec "$@" """,
+    "bin/python": """printf '%s\\n' "$@" > arguments; echo $$ > pid.new; mv pid.new pid
+        [ "$SLURM_JOB_NAME" = short ] && exit 0
+        trap 'exit 143' TERM; while true; do sleep 0.01; done""",
+}
+
+
+def start_slurm_job(folder: Path, name: str) -> "subprocess.Popen[str]":
+    """tools/slurm.sh as a batch script on two machines of 4 GPUs, with commands of Slurm that `_FAKES` stand for."""
+    for file, text in _FAKES.items():
+        path = folder / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+    slurm = {"JOB_ID": "40007", "JOB_NAME": name, "JOB_NODELIST": "node-[a-b]", "JOB_NUM_NODES": "2"}
+    slurm |= {"GPUS_ON_NODE": "4", "SUBMIT_DIR": str(folder)}
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "VENV": str(folder)}
+    env |= {f"SLURM_{key}": value for key, value in slurm.items()}
+    command = [str(REPO_ROOT / "tools" / "slurm.sh"), "--config-file", "a b.yaml", "OUTPUT_DIR", "out"]
+    return subprocess.Popen(["bash", *command], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_slurm_job_starts_the_tool_on_each_machine(tmp_path, load_tool):
+    job = start_slurm_job(tmp_path, "short")
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 0, output
+    tool, *arguments = (tmp_path / "arguments").read_text().splitlines()
+    assert tool == "tools/train_net.py" and not (tmp_path / "requeued").exists()
+    args = load_tool("train_net")._parser().parse_args(arguments)
+    assert (args.num_gpus, args.num_machines, args.machine_rank) == (4, 2, 1)
+    assert args.dist_url == "tcp://node-a:20007" and args.resume
+    assert args.config_file == "a b.yaml" and args.opts == ["OUTPUT_DIR", "out"]
+
+
+def test_slurm_job_is_queued_again_after_sigterm(tmp_path):
+    job = start_slurm_job(tmp_path, "long")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists():
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    job.terminate()
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 143, output
+    assert (tmp_path / "requeued").read_text() == "requeue 40007\n"
 
 
 # ------------------------------------------------------------------------------------------------------- the tool
