@@ -41,7 +41,8 @@ _OF_METHOD: dict[str, list[Any]] = {
     # So few prototypes on so many cells that both processes have equally many pairs; a test checks that.
     "SlotCon": ["MODEL.SSL.SLOTCON.NUM_PROTOTYPES", 3, "INPUT.SSL.CROP_SIZE", 128],
     "CYBORGS": [
-        "MODEL.SSL.CYBORGS.WARMUP_EPOCHS", 0.0, "MODEL.SSL.CYBORGS.VMF_PERIOD", 1, "INPUT.REGIONS.SOURCE", "grid",
+        "MODEL.SSL.CYBORGS.WARMUP_EPOCHS", 0.0, "MODEL.SSL.CYBORGS.VMF_PERIOD", 1,
+        "INPUT.REGIONS.SOURCE", "grid", "INPUT.REGIONS.GRID_SIZE", 2,
     ],
 }  # fmt: skip
 
