@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -26,6 +27,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["DETECTRON2_DATASETS"] = datasets.name
     # Tools and ranks started as processes of their own import this checkout, as the tests themselves do.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO_ROOT), os.environ.get("PYTHONPATH")]))
+    if (
+        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    ):  # a shell's job in the background; children would inherit that
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
     torch.set_num_threads(min(threads, torch.get_num_threads()))  # get_num_threads: honours OMP_NUM_THREADS
 
