@@ -121,9 +121,10 @@ def train(cfg: CfgNode, *, resume: bool = False, seed: int = 0, kill_before: int
 
 
 def final_checkpoint(output_dir: Path) -> dict[str, Any]:
-    """All that model_final.pth holds, but for the text of the config, which names the folder, and the wall time."""
+    """All that model_final.pth holds, but for the config's text and name, which name the folder, and the wall time."""
     checkpoint = torch.load(output_dir / "model_final.pth", weights_only=True)
     checkpoint["d2_objssl"].pop("config")
+    checkpoint["d2_objssl"]["training"]["config"].pop("file", None)
     checkpoint["trainer"]["hooks"]["RunRecord"].pop("wall_time_s")
     return checkpoint
 
