@@ -154,12 +154,12 @@ def test_command(load_tool, stripes, tmp_path, capsys, catalog):
         (["--train", "voc_2012_trianval"], '--train names "voc_2012_trianval".*did you mean voc_2012_trainval'),
         (["--train", "voc_2007_trainval"], '--train names "voc_2007_trainval", but there is no .*Annotations'),
         (["--weights", "none.pth"], "none.pth: no such file"),
-        (["MODEL.RESNET.DEPTH", "18"], "RESNET"),
+        (["MODEL.RESNET.DEPTH", "18"], r"\n 1. MODEL.RESNET.DEPTH .*did you mean MODEL.RESNETS.DEPTH"),
     ],
 )
 def test_what_cannot_be_used_is_named(load_tool, stripes, catalog, options, message):
     usual = ["--train", stripes[0], "--test", stripes[1], "--weights", "random"]
-    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+    with pytest.raises(SystemExit, match=f"error: (?s:.*){message}"):
         load_tool("evaluate").main(["svm", *usual, *options])
 
 
