@@ -46,7 +46,7 @@ def method_cfg(method: str, photos: Path, output_dir: Path, *opts: Any) -> CfgNo
         return cyborgs_cfg(photos, output_dir, *opts)
     if method == "SemCL":
         _register_pairs(photos.parent / "labelled")
-        return semcl_run_cfg(output_dir, *opts)
+        return semcl_run_cfg(output_dir, "DATASETS.TRAIN", ("killed_pairs",), *opts)
     detcon: list[Any] = []
     if method.startswith("DetCon"):
         detcon += ["MODEL.SSL.METHOD", "DetConB", "INPUT.REGIONS.SOURCE", "grid", "INPUT.REGIONS.GRID_SIZE", 3]
@@ -57,8 +57,8 @@ def method_cfg(method: str, photos: Path, output_dir: Path, *opts: Any) -> CfgNo
 
 
 def _register_pairs(folder: Path) -> None:
-    if "tiny_pairs" not in DatasetCatalog:
-        register_pairs("tiny_pairs", write_labelled(folder))
+    if "killed_pairs" not in DatasetCatalog:
+        register_pairs("killed_pairs", write_labelled(folder))
 
 
 # ------------------------------------------------------------------------------------------------ in a child process
