@@ -61,8 +61,8 @@ def soak_kills(num_kills: int, methods: list[str], folder: Path, rng: random.Ran
     """Kill runs until there were `num_kills`, finish the last one, and compare each with the run that nothing stopped.
 
     Returns:
-        For each method: kills, finished (runs), and of the kills those "before_a_step" of their process and those that
-        "left_half_a_file" behind.
+        For each method: kills, finished (runs), and of the kills those "before_a_step" of their process and those after
+        which there was half a file ("left_half_a_file"), perhaps from the kill before.
 
     Raises:
         AssertionError: if a run differs, or a process ends by itself with an error.
