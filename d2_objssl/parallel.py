@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
@@ -29,7 +31,7 @@ def map_in_processes(
         return
     # Not "fork", which copies the locks of OpenCV's threads but not the threads.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, initializer=use_one_thread) as pool:
+    with ProcessPoolExecutor(num_workers, context, initializer=_start_worker) as pool:
         yield from pool.map(function, items, chunksize=chunk_size)
 
 
@@ -37,3 +39,16 @@ def use_one_thread() -> None:
     """Let OpenCV and PyTorch use one thread in this process: it is one of several."""
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
+
+
+def _start_worker() -> None:
+    use_one_thread()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool's process waits for work for ever, also when SIGKILL ended the process that would give it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,10 @@ def write_labelled(folder: Path, count: int = 6, size: tuple[int, int] = (48, 64
         label[0] = 255
         image = rng.integers(1, 256, (height, width, 3), dtype=np.uint8)
         files = folder / f"{i}.png", folder / f"{i}_label.png"
-        Image.fromarray(image).save(files[0])
-        Image.fromarray(label).save(files[1])
+        for file, pixels in zip(files, (image, label), strict=True):
+            # At once: the processes of a test may write and read the same folder.
+            Image.fromarray(pixels).save(unfinished := file.with_suffix(f".{os.getpid()}.png"))
+            os.replace(unfinished, file)
         dicts.append(
             {
                 "file_name": str(files[0]), "image_id": i, "height": height, "width": width,
