@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
@@ -9,29 +11,36 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
 
-def gather_rows(x: Tensor) -> tuple[Tensor, int]:
-    """Concatenate the rows of all processes, which may differ in number. Without gradient.
+def gather_rows(xs: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
+    """Concatenate the rows of all processes, which may differ in number, for several tensors at once. Without gradient.
 
     Args:
-        x: (n, ...) rows of this process; n may be 0.
+        xs: tensors (n, ...) of this process, of one data type and equal but for n, which may be 0.
 
     Returns:
-        rows: (n of process 0 + n of process 1 + ..., ...).
-        offset: index of this process' first row.
+        For each of them:
+            rows: (n of process 0 + n of process 1 + ..., ...).
+            offset: index of this process' first row.
     """
-    x = x.detach()
+    xs = [x.detach() for x in xs]
     if comm.get_world_size() == 1:
-        return x, 0
-    count = torch.tensor([x.shape[0]], device=x.device)
-    counts_list = [torch.empty_like(count) for _ in range(comm.get_world_size())]
-    dist.all_gather(counts_list, count)
-    counts = [int(c) for c in torch.cat(counts_list).tolist()]
-    padded = x.new_zeros((max(counts), *x.shape[1:]))
-    padded[: x.shape[0]] = x
+        return [(x, 0) for x in xs]
+    own_counts = torch.tensor([len(x) for x in xs], device=xs[0].device)
+    by_process = [torch.empty_like(own_counts) for _ in range(comm.get_world_size())]
+    dist.all_gather(by_process, own_counts)
+    counts = torch.stack(by_process).tolist()
+    padded = xs[0].new_zeros((len(xs), max(map(max, counts)), *xs[0].shape[1:]))
+    for part, x in zip(padded, xs, strict=True):
+        part[: len(x)] = x
     gathered = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(gathered, padded)
-    rows = torch.cat([g[:c] for g, c in zip(gathered, counts, strict=True)])
-    return rows, sum(counts[: comm.get_rank()])
+    return [
+        (
+            torch.cat([g[i, : count[i]] for g, count in zip(gathered, counts, strict=True)]),
+            sum(count[i] for count in counts[: comm.get_rank()]),
+        )
+        for i in range(len(xs))
+    ]
 
 
 def gather_keys(x: Tensor) -> tuple[Tensor, int]:

@@ -87,6 +87,7 @@ def align_features(x: Tensor, rois: Tensor, hflip: Tensor) -> Tensor:
     rois = torch.cat([rois[:, :2], torch.maximum(rois[:, :2], rois[:, 2:])], dim=1)
     # Overlaps lie in [0, 1]; what does not is no overlap, and must not make ROIAlign sample a huge box.
     rois = rois.to(x.dtype).clamp(0, 1)
-    boxes = torch.cat([index, rois * rois.new_tensor([w, h, w, h])], dim=1)
+    left, top, right, bottom = rois.split(1, dim=1)
+    boxes = torch.cat([index, left * w, top * h, right * w, bottom * h], dim=1)
     aligned = ROIAlign((h, w), spatial_scale=1.0, sampling_ratio=0, aligned=True)(x, boxes)
     return torch.where(hflip[:, None, None, None], aligned.flip(-1), aligned)

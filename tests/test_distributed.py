@@ -32,8 +32,7 @@ MOVING = ["student.backbone.stem.conv1.weight", "criterion.predictor.layers.fc1.
 
 def test_one_process_is_the_identity() -> None:
     x = torch.randn(3, 2, requires_grad=True)
-    for function in (gather_rows, gather_keys):
-        rows, offset = function(x)
+    for rows, offset in (*gather_rows([x]), gather_keys(x)):
         assert torch.equal(rows, x) and offset == 0 and not rows.requires_grad
     assert gather_with_gradient(x)[0] is x and gather_with_gradient(x)[1] == 0
     mean = all_reduce_mean(x)
@@ -44,17 +43,16 @@ def exchange() -> dict[str, Any]:
     rank = comm.get_rank()
     x = torch.full((3, 2), 10.0 * rank, requires_grad=True)
     strided = torch.arange(6.0).reshape(2, 3).T + 10 * rank
+    parts = [x[: 1 + 2 * rank], x[: 3 * rank], x[: 2 - 2 * rank]]
     return {
-        "unequal": gather_rows(x[: 1 + 2 * rank]),
-        "none in rank 0": gather_rows(x[: 3 * rank]),
-        "none in rank 1": gather_rows(x[: 2 - 2 * rank]),
-        "none": gather_rows(x[:0]),
-        "matrices": gather_rows(torch.full((1 + rank, 2, 2), rank)),
+        **dict(zip(("unequal", "none in rank 0", "none in rank 1"), gather_rows(parts), strict=True)),
+        "none": gather_rows([x[:0]])[0],
+        "matrices": gather_rows([torch.full((1 + rank, 2, 2), rank)])[0],
         "keys": gather_keys(x),
         "strided": gather_keys(strided),
         "mean": all_reduce_mean(x),
         "untouched": x.detach(),
-        "requires_grad": [t.requires_grad for t in (gather_rows(x)[0], gather_keys(x)[0], all_reduce_mean(x))],
+        "requires_grad": [t.requires_grad for t in (gather_rows([x])[0][0], gather_keys(x)[0], all_reduce_mean(x))],
     }
 
 

@@ -6,7 +6,6 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ import numpy as np
 import torch
 from detectron2.data.transforms import AugInput, Augmentation
 from PIL import Image, ImageFilter, ImageOps
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from d2_objssl.data.augmentation import (
@@ -28,7 +25,8 @@ from d2_objssl.data.augmentation import (
 )
 from d2_objssl.data.image_reading import read_rgb_image
 
-from .timing import Measurement, Row, repeat_in_turns, use_one_thread
+from .throughput import Stage, measure_rates
+from .timing import Measurement, Row, repeat_in_turns
 
 SUMMARY = "a JPEG file to two views"
 
@@ -37,8 +35,6 @@ CROP_SIZE, CROP_SCALE, CROP_RATIO, FLIP_PROB = 224, (0.08, 1.0), (3 / 4, 4 / 3),
 BRIGHTNESS, CONTRAST, SATURATION, HUE, JITTER_PROB, GRAYSCALE_PROB = 0.4, 0.4, 0.2, 0.1, 0.8, 0.2
 BLUR_PROBS, BLUR_SIGMA, SOLARIZE_PROBS = (1.0, 0.1), (0.1, 2.0), (0.0, 0.2)
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-Stage = tuple[str, Callable[[Any], Any]]
 
 
 class PlainViews:
@@ -130,22 +126,6 @@ def _apply(augmentations: list[Augmentation], image: np.ndarray) -> np.ndarray:
     return aug_input.image
 
 
-class ViewDataset(Dataset):
-    """The views of JPEG files, made by `views`."""
-
-    def __init__(self, paths: list[str], views: PlainViews | OwnViews) -> None:
-        self.paths, self.views = paths, views
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> list[Tensor]:
-        state: Any = self.paths[index]
-        for _, stage in self.views.stages():
-            state = stage(state)
-        return state
-
-
 def time_stages(stages: list[Stage], paths: list[str]) -> dict[str, float]:
     """Mean CPU time of each stage and of all, ms per image."""
     spent = dict.fromkeys((name for name, _ in stages), 0.0)
@@ -157,20 +137,6 @@ def time_stages(stages: list[Stage], paths: list[str]) -> dict[str, float]:
             spent[name] += time.process_time() - start
     spent["total"] = sum(spent.values())
     return {name: 1e3 * seconds / len(paths) for name, seconds in spent.items()}
-
-
-def images_per_second(dataset: ViewDataset, num_workers: int, seed: int) -> float:
-    """Wall-clock throughput of a data loader, from the first batch on."""
-    generator = torch.Generator().manual_seed(seed)
-    loader = DataLoader(
-        dataset, batch_size=8, num_workers=num_workers, generator=generator, worker_init_fn=use_one_thread
-    )
-    batches = iter(loader)
-    next(batches)
-    start, count = time.perf_counter(), 0
-    for batch in batches:
-        count += len(batch[0])
-    return count / (time.perf_counter() - start)
 
 
 def make_photographs(folder: Path, count: int, seed: int) -> None:
@@ -194,7 +160,7 @@ def make_photographs(folder: Path, count: int, seed: int) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, help="folder of *.jpg (default: generates its own)")
     parser.add_argument("--num-images", type=int, default=128, help="how many to use or generate (--quick: 32)")
-    parser.add_argument("--workers", type=int, nargs="*", default=[], help="also measure loaders of so many workers")
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="of loaders (default: 1 2)")
 
 
 def run(args: argparse.Namespace) -> Measurement:
@@ -216,13 +182,8 @@ def run(args: argparse.Namespace) -> Measurement:
             args.repeats,
             args.seed,
         )
-        rates = {
-            str(num_workers): {
-                name: images_per_second(ViewDataset(paths, views), num_workers, args.seed)
-                for name, views in contestants.items()
-            }
-            for num_workers in args.workers
-        }
+        num_timed = 128 if args.quick else 256
+        rates = measure_rates(folder, paths, contestants["plain"].stages(), args.workers, num_timed, args.seed)
     medians = {name: {k: statistics.median(run[k] for run in rs) for k in rs[0]} for name, rs in runs.items()}
     print_details(medians, rates)
     plain, ours = (m["total"] - m["to tensor"] for m in (medians["plain"], medians["ours"]))
@@ -239,5 +200,5 @@ def print_details(medians: dict[str, dict[str, float]], rates: dict[str, dict[st
     plain, ours = (m["total"] - m["to tensor"] for m in (medians["plain"], medians["ours"]))
     print(f"{'total but to tensor':28s} {plain:8.3f} {ours:8.3f} {plain / ours:6.2f}x")
     for num_workers, rate in rates.items():
-        plain, ours = rate["plain"], rate["ours"]
-        print(f"{f'images/s, {num_workers} loader worker(s)':28s} {plain:8.0f} {ours:8.0f} {ours / plain:6.2f}x")
+        numbers = ", ".join(f"{name} {per_second:.0f}" for name, per_second in rate.items())
+        print(f"images/s, {num_workers} loader worker(s): {numbers}")

@@ -1,7 +1,7 @@
-"""Time and memory of DetCon's and SlotCon's contrastive losses, against their published form, and how they grow.
+"""Time and memory of the losses, and how they grow with the batch; DetCon's and SlotCon's against their published form.
 
 The published form of DetCon has one-hot labels and masks over all regions of all images, (N, M, G, M) floats; SlotCon's
-gathers all K slots of all images and takes the active ones afterwards.
+gathers all K slots of all images and takes the active ones afterwards. The others are computed as published.
 
     N  images of a process    G  images of all processes    M  regions of an image    K  prototypes    D  dimension
 """
@@ -19,13 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2_objssl.modeling.methods.cyborgs import vmf_loss
 from d2_objssl.modeling.methods.detcon import detcon_nce
-from d2_objssl.modeling.methods.slotcon import compact_slot_nce
+from d2_objssl.modeling.methods.semcl import paired_info_nce
+from d2_objssl.modeling.methods.slotcon import compact_slot_nce, grouping_loss
 
 from .timing import Measurement, Row, peak_memory, repeat_in_turns
 
-SUMMARY = "contrastive losses, forward and backward: time and memory"
+SUMMARY = "losses, forward and backward: time and memory"
 _DIM, _REGIONS = 256, 16
+_CELLS = 49  # of a view of 224 pixels on res5
+_FUSED_CHANNELS, _CLUSTERS, _KAPPA = 3584, 256, 10.0  # CYBORGS: res3, res4 and res5; the most clusters; Eq. 4
 _ACTIVE = 7  # slots of an image that are active, of K: what SlotCon reports for COCO
 _BIG = -1e9
 
@@ -54,10 +58,16 @@ def run(args: argparse.Namespace) -> Measurement:
     for g in args.global_sizes:
         inputs = make_regions(min(64, g), g, args.seed)
         details.append(measure(f"DetCon loss, 64 of {g} images", partial(detcon_nce, *inputs.values()), inputs, args))
+        inputs = make_compact_slots(min(64, g), g, args.seed)
+        name = f"SlotCon slot loss, 64 of {g} images"
+        details.append(measure(name, partial(compact_slot_nce, **inputs, temp=0.2), inputs, args))
     for k in args.prototypes:
         inputs = make_slots(32, k, args.seed)
         pair = {"plain": partial(published_slots, **inputs), "ours": partial(gathered_slots, **inputs)}
         rows += compare(f"SlotCon slot loss, 32 images, K = {k}", pair, inputs, args, details)
+    for n in args.batch_sizes:
+        for name, (loss, inputs) in make_local_losses(n, args.seed).items():
+            details.append(measure(f"{name}, {n} images", loss, inputs, args))
     for entry in details:
         print(f"{entry['name']:52s} {entry['ms']:10.1f} ms {entry['peak_mb']:10.1f} MB")
     return Measurement(rows, {"losses": details})
@@ -140,6 +150,40 @@ def published_detcon(pred1: Tensor, pred2: Tensor, target1: Tensor, target2: Ten
         repeats = same(ids[f"pred_ids{a}"], ids[f"pred_ids{a}"]).sum(dim=(2, 3))
         loss = loss + (entropy * (counts > 0).float() / repeats).mean()
     return loss
+
+
+def make_compact_slots(n: int, g: int, seed: int) -> dict[str, Tensor]:
+    """Arguments of `compact_slot_nce`: the active slots of n images here, of g in all processes."""
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randn(n * _ACTIVE, _DIM, generator=generator, requires_grad=True)
+    keys = torch.randn(g * _ACTIVE, _DIM, generator=generator)
+    return {"queries": queries, "keys": keys, "labels": torch.arange(n * _ACTIVE)}
+
+
+def make_local_losses(n: int, seed: int) -> dict[str, tuple[Callable[[], Tensor], dict[str, Tensor]]]:
+    """The losses that need no other process: name -> loss and what it is computed from, on n images."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, requires_grad=True)
+
+    dots = {"student": rows(n * _CELLS, 256), "teacher": rows(n * _CELLS, 256).detach()}
+    latents = {"anchor": rows(n, 2, _DIM), "not_anchor": rows(n, 2, _DIM)}
+    keys = [rows(n, 2, _DIM).detach() for _ in range(2)]
+    cells = {name: rows(n * _CELLS, _FUSED_CHANNELS) for name in ("view1", "view2")}
+    centroids = [F.normalize(rows(_CLUSTERS, _FUSED_CHANNELS).detach(), dim=1) for _ in range(2)]
+    labels = [torch.randint(0, _CLUSTERS, (n * _CELLS,), generator=generator) for _ in range(2)]
+    return {
+        "SlotCon grouping loss, a direction": (
+            partial(grouping_loss, *dots.values(), torch.zeros(1, 256), 0.1, 0.07),
+            dots,
+        ),
+        "SemCL paired loss": (partial(paired_info_nce, *latents.values(), *keys, 0.2), latents),
+        "CYBORGS consistency loss, a direction": (
+            partial(vmf_loss, *cells.values(), *centroids, *labels, _KAPPA),
+            cells,
+        ),
+    }
 
 
 def make_slots(n: int, k: int, seed: int) -> dict[str, Tensor]:

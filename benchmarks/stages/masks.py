@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from skimage.segmentation import felzenszwalb
-from sklearn.metrics import adjusted_rand_score
 
 from d2_objssl.data.image_reading import read_rgb_image
 from d2_objssl.proposals import felzenszwalb_regions
@@ -26,6 +25,8 @@ _SCALE = 1000  # and min_size: DetCon's setting for COCO
 
 def run(args: argparse.Namespace) -> Measurement:
     """Time both, and compare their regions by the adjusted Rand index."""
+    from sklearn.metrics import adjusted_rand_score  # optional
+
     num_images = min(args.num_images, 6) if args.quick else args.num_images
     with tempfile.TemporaryDirectory(prefix="d2_objssl-speed-") as own_folder:
         if args.images is None:

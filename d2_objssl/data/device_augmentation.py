@@ -78,7 +78,8 @@ def finish_colors(view: ViewBatch, device: torch.device) -> ViewBatch:
         return view.to(device)
     colors = view.colors
     moved = replace(view, colors=None).to(device)
-    return replace(moved, images=apply_colors(moved.images, colors))
+    with torch.autocast(device.type, enabled=False):  # half precision would blur in steps of several grey levels
+        return replace(moved, images=apply_colors(moved.images, colors))
 
 
 def apply_colors(images: Tensor, colors: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from detectron2.engine import hooks
 from torch import nn
 
 from d2_objssl.engine import EMATeacher
-from d2_objssl.engine.trainer import TrainStep, gradient_norm
+from d2_objssl.engine.train_step import TrainStep, gradient_norm
 
 PARAMETERS = ("layer.weight", "layer.bias")
 

@@ -18,7 +18,7 @@ from tiny_runs import finetune_cfg, pretrain_cfg, train
 from d2_objssl.data import SSLBatch
 from d2_objssl.engine import EMATeacher, RandomState, Trainer
 from d2_objssl.engine.hooks import Checkpoints, PreciseBN
-from d2_objssl.engine.trainer import amp_dtype
+from d2_objssl.engine.train_step import amp_dtype
 
 
 def metrics(output_dir: Path) -> dict[str, list[float]]:

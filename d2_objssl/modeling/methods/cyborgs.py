@@ -282,7 +282,8 @@ class CyborgsCriterion(DetConCriterion):
         """Leave scalars on the student's cells, centroids and labels for the log."""
         entropies = []
         for _, centroids, labels in clusterings:
-            shares = torch.bincount(labels, minlength=len(centroids)) / len(labels)
+            counts = labels.new_zeros(len(centroids)).scatter_add_(0, labels, torch.ones_like(labels))
+            shares = counts / len(labels)
             entropies.append(torch.special.entr(shares).sum() / math.log(max(len(centroids), 2)))
         self.metrics |= {
             "clusters": torch.tensor(len(clusterings[0][1])),

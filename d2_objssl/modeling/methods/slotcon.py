@@ -33,7 +33,7 @@ Deviations from the released code:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -172,6 +172,19 @@ def image_nce(queries: Tensor, keys: Tensor, rank_offset: int, temp: float) -> T
     return F.cross_entropy(logits, labels) * (2 * temp)
 
 
+def true_rows(masks: Sequence[Tensor]) -> list[Tensor]:
+    """Indices of what is True in each of several masks of equal shape (flattened); waits for the device but here, once.
+
+    Args:
+        masks: (...) bool.
+
+    Returns:
+        For each mask the indices, int64, ascending.
+    """
+    flat = torch.stack([mask.flatten() for mask in masks])
+    return list(flat.nonzero()[:, 1].split(flat.sum(dim=1).tolist()))
+
+
 # ---------------------------------------------------------------------------------------------- modules
 
 
@@ -287,13 +300,15 @@ class SlotConCriterion(nn.Module):
         """
         directions = ((0, 1), (1, 0))
         pairs = [student[a].valid & teacher[b].valid for a, b in directions]
-        queries = [self.predictor(student[a].z[pair]).float() for (a, _), pair in zip(directions, pairs, strict=True)]
+        rows = true_rows([*pairs, *(t.valid for t in teacher)])
+        pair_rows, key_rows = rows[:2], rows[2:]
+        queries = [
+            self.predictor(student[a].z.flatten(0, 1).index_select(0, pair_rows[a])).float() for a, _ in directions
+        ]
         # Similarities and softmaxes are worth full precision; they cost next to nothing.
         with torch.autocast(self.center.device.type, enabled=False):
             group = self._group_loss(student, teacher, views)
-            slot = [
-                self._slot_loss(q, teacher[b], pair) for q, (_, b), pair in zip(queries, directions, pairs, strict=True)
-            ]
+            slot = self._slot_losses(queries, teacher, pair_rows, key_rows)
         losses = {
             "loss_group": self.group_loss_weight * group,
             "loss_slot": (1 - self.group_loss_weight) * (slot[0] + slot[1]),
@@ -326,12 +341,22 @@ class SlotConCriterion(nn.Module):
         ]
         return loss[0] + loss[1]
 
-    def _slot_loss(self, queries: Tensor, teacher: RegionEmbeddings, pairs: Tensor) -> Tensor:
+    def _slot_losses(
+        self, queries: list[Tensor], teacher: list[RegionEmbeddings], pair_rows: list[Tensor], key_rows: list[Tensor]
+    ) -> list[Tensor]:
+        """Of both directions; the rows are those of (N K) slots, of the pairs of each direction and of the active keys."""
+        slots = [t.z.flatten(0, 1) for t in teacher]
         if self.regression:
-            return slot_regression(queries, teacher.z[pairs])
-        keys, offset = gather_rows(teacher.z[teacher.valid])
-        rows = teacher.valid.flatten().cumsum(0).view_as(teacher.valid) - 1 + offset
-        return compact_slot_nce(queries, keys, rows[pairs], self.slot_temp)
+            return [slot_regression(queries[a], slots[b].index_select(0, pair_rows[a])) for a, b in ((0, 1), (1, 0))]
+        gathered = gather_rows([z.index_select(0, rows) for z, rows in zip(slots, key_rows, strict=True)])
+        losses = []
+        for a, b in ((0, 1), (1, 0)):
+            keys, offset = gathered[b]
+            # Row of each active slot in the compacted list of this process' keys.
+            compacted = teacher[b].valid.flatten().cumsum(0) - 1
+            labels = compacted.index_select(0, pair_rows[a]) + offset
+            losses.append(compact_slot_nce(queries[a], keys, labels, self.slot_temp))
+        return losses
 
     def _image_loss(self, student: RegionEmbeddings, teacher: RegionEmbeddings) -> Tensor:
         assert student.image is not None and teacher.image is not None and self.image_predictor is not None
