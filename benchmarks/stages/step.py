@@ -7,8 +7,11 @@ layout, the projector's layers as 1x1 convolutions, the optimiser and the teache
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import resource
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -22,7 +25,7 @@ from d2_objssl.structures import ViewBatch
 
 from .models import build_slotcon
 from .plain_updates import PlainLARS, move_plainly, teacher_hook
-from .timing import Measurement, Row, repeat_in_turns
+from .timing import Measurement, Row, repeat_in_turns, use_one_thread
 
 SUMMARY = "a training step of SlotCon, ResNet-50, 224 px"
 
@@ -38,11 +41,7 @@ def run(args: argparse.Namespace) -> Measurement:
     torch.set_num_threads(args.threads)
     batch_size = min(args.batch_size, 4) if args.quick else args.batch_size
     batch = make_batch(batch_size, args.seed)
-    contestants = {
-        "plain": PlainStep(args.seed),
-        "float32": OwnStep(args.seed, dtype=None),
-        "bfloat16": OwnStep(args.seed, dtype=torch.bfloat16),
-    }
+    contestants = {name: build_step(name, args.seed) for name in ("plain", "float32", "bfloat16")}
     losses = {name: step(batch) for name, step in contestants.items()}  # the first step makes buffers, too
     print("losses of the first step: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
     repeats = min(args.repeats, 2) if args.quick else args.repeats
@@ -52,7 +51,28 @@ def run(args: argparse.Namespace) -> Measurement:
     name = f"SlotCon R50 step, batch {batch_size}, {args.threads} thread(s)"
     goals = {"float32": 1.3 if args.threads == 1 else 1.4, "bfloat16": 2.4}
     rows = [Row(f"{name}, {k}", seconds["plain"], seconds[k], unit="s", goal=goal) for k, goal in goals.items()]
-    return Measurement(rows, {"batch_size": batch_size, "threads": args.threads, "seconds": runs, "losses": losses})
+    del contestants
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        peaks = {k: pool.submit(peak_of_process, k, batch_size, args.seed).result() for k in ("plain", "bfloat16")}
+    rows.append(Row(f"{name}, bfloat16, peak", peaks["plain"], peaks["bfloat16"], unit="MB of a process", goal=1.33))
+    details = {"batch_size": batch_size, "threads": args.threads, "seconds": runs, "losses": losses, "peak_mb": peaks}
+    return Measurement(rows, details)
+
+
+def build_step(name: str, seed: int) -> OwnStep:
+    """A contestant: "plain", "float32" or "bfloat16"."""
+    if name == "plain":
+        return PlainStep(seed)
+    return OwnStep(seed, dtype=torch.bfloat16 if name == "bfloat16" else None)
+
+
+def peak_of_process(name: str, batch_size: int, seed: int) -> float:
+    """Resident memory of this process at its peak, libraries included, behind two steps of a contestant, MB."""
+    use_one_thread()
+    step, batch = build_step(name, seed), make_batch(batch_size, seed)
+    for _ in range(2):
+        step(batch)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def make_batch(num_images: int, seed: int, crop_size: int = 224) -> SSLBatch:

@@ -78,7 +78,7 @@ def finish_colors(view: ViewBatch, device: torch.device) -> ViewBatch:
         return view.to(device)
     colors = view.colors
     moved = replace(view, colors=None).to(device)
-    with torch.autocast(device.type, enabled=False):  # half precision would blur in steps of several grey levels
+    with torch.autocast(device.type, enabled=False):  # which would blur in half precision
         return replace(moved, images=apply_colors(moved.images, colors))
 
 

@@ -166,13 +166,14 @@ def _trust_ratio(param: Tensor, grad: Tensor, weight_decay: float, trust_coeffic
     """eta |p| / |g + wd p| of CPU tensors with one order of elements; 1 where either norm is 0."""
     params, grads = _flat(param), _flat(grad)
     assert params is not None and grads is not None
-    squared = 0.0
+    param_square = update_square = 0.0
     # In parts that stay in the cache, so that memory is read once and none is allocated for all of the sum.
     scratch = params.new_empty(min(_NORM_PART, params.numel()))
     for p, g in zip(params.split(_NORM_PART), grads.split(_NORM_PART), strict=True):
         update = torch.add(g, p, alpha=weight_decay, out=scratch[: p.numel()])
-        squared += torch.dot(update, update).item()
-    param_norm, update_norm = torch.linalg.vector_norm(params).item(), math.sqrt(squared)
+        update_square += torch.dot(update, update).item()
+        param_square += torch.dot(p, p).item()
+    param_norm, update_norm = math.sqrt(param_square), math.sqrt(update_square)
     return trust_coefficient * param_norm / update_norm if param_norm > 0 and update_norm > 0 else 1.0
 
 

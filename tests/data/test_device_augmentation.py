@@ -17,6 +17,7 @@ from d2_objssl.data.color_transforms import (
     SolarizeTransform,
 )
 from d2_objssl.data.device_augmentation import apply_colors, encode_colors, finish_colors
+from d2_objssl.structures import ViewBatch
 
 
 def photograph(side: int = 96, seed: int = 0) -> np.ndarray:
@@ -138,3 +139,13 @@ def test_on_the_gpu_as_on_the_cpu():
     images = torch.from_numpy(np.stack([photograph(64, seed) for seed in range(2)])).permute(0, 3, 1, 2)
     difference = apply_colors(images.cuda(), colors).cpu().int() - apply_colors(images, colors).int()
     assert difference.abs().float().mean() < 0.02
+
+
+def test_autocast_of_training_leaves_the_colours_alone() -> None:
+    """In half precision the blur failed: the pixels that it changes are float32."""
+    images = torch.from_numpy(np.stack([photograph(32, seed) for seed in range(2)])).permute(0, 3, 1, 2)
+    colors = torch.stack([encode_colors([GaussianBlurTransform(1.5)])] * 2)
+    view = ViewBatch(images, torch.zeros(2, 4), torch.zeros(2, dtype=torch.bool), colors=colors)
+    plain = finish_colors(view, torch.device("cpu")).images
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(finish_colors(view, torch.device("cpu")).images, plain)
