@@ -5,7 +5,7 @@
     python benchmarks/alternatives.py --only views lars --repeats 9 --output benchmarks/results/alternatives.json
 
 Each row compares an alternative ("plain") with what this project does ("ours"): a ratio above 1 says that the alternative is
-slower. `compile` needs a C++ compiler.
+slower. `compile` needs a C++ compiler, `segmentation` opencv-contrib-python.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
+from sklearn.metrics import adjusted_rand_score
 from stages.data import (
     BLUR_SIGMA,
     BRIGHTNESS,
@@ -46,8 +48,10 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 
+from d2_objssl.data.image_reading import read_rgb_image
 from d2_objssl.engine import LARS
 from d2_objssl.evaluation.results import write_record
+from d2_objssl.proposals import felzenszwalb_regions
 
 
 class TorchvisionV2Views:
@@ -144,6 +148,29 @@ def compare_memory_format(args: argparse.Namespace) -> Row:
     return _row("SlotCon R50 step, bfloat16, batch 4, contiguous tensors", runs, unit="s")
 
 
+def compare_segmentation(args: argparse.Namespace) -> Row:
+    """OpenCV's graph segmentation, of the same paper as Felzenszwalb's in scikit-image."""
+    try:
+        segment = cv2.ximgproc.segmentation.createGraphSegmentation(sigma=0.8, k=1000, min_size=1000).processImage
+    except AttributeError as error:
+        raise ImportError("OpenCV's graph segmentation is in opencv-contrib-python only") from error
+    with tempfile.TemporaryDirectory() as folder:
+        make_photographs(Path(folder), 6, args.seed)
+        images = [read_rgb_image(str(path)) for path in sorted(Path(folder).glob("*.jpg"))]
+    ours = partial(felzenszwalb_regions, scale=1000, min_size=1000)
+    scores = [adjusted_rand_score(ours(image).ravel(), segment(image).ravel()) for image in images]
+    print(f"agreement with Felzenszwalb's regions, adjusted Rand index: {statistics.mean(scores):.2f}")
+    contestants = {
+        "plain": lambda: _cpu_ms(lambda: [segment(image) for image in images]) / len(images),
+        "ours": lambda: _cpu_ms(lambda: [ours(image) for image in images]) / len(images),
+    }
+    return _row(
+        "regions by OpenCV's graph segmentation",
+        repeat_in_turns(contestants, args.repeats, args.seed),
+        "ms CPU an image",
+    )
+
+
 def _step_s(step: OwnStep, batch: Any) -> float:
     start = time.perf_counter()
     step(batch)
@@ -157,6 +184,7 @@ def _row(name: str, runs: dict[str, list[float]], unit: str) -> Row:
 COMPARISONS: dict[str, Callable[[argparse.Namespace], Row]] = {
     "views": compare_views,
     "lars": compare_lars,
+    "segmentation": compare_segmentation,
     "memory_format": compare_memory_format,
     "compile": compare_compile,
 }
@@ -171,7 +199,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args(argv)
     use_one_thread()
-    rows = [COMPARISONS[name](args) for name in args.only]
+    rows = []
+    for name in args.only:
+        try:
+            rows.append(COMPARISONS[name](args))
+        except ImportError as error:
+            print(f"{name} is left out: {error}")
     print(format_rows(rows))
     if args.output:
         table = [{**asdict(row), "ratio": row.ratio} for row in rows]

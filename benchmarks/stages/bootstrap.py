@@ -7,6 +7,7 @@ stores the labels as the released code does: at the resolution of the image, as 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -22,12 +23,13 @@ from d2_objssl.data.image_reading import read_rgb_image
 from d2_objssl.data.region_files import MapSettings
 from d2_objssl.data.region_writer import RegionWriter, begin_maps
 from d2_objssl.engine.feature_clustering import ClusterSettings, FeatureClusterer
+from d2_objssl.engine.mask_round import MaskMaker
 from d2_objssl.modeling.meta_arch import ObjectSSL
 from d2_objssl.proposals import spherical_kmeans
 
 from .data import make_photographs
 from .models import build_slotcon
-from .timing import Measurement, Row, repeat_in_turns
+from .timing import Measurement, Row, peak_memory, repeat_in_turns
 
 SUMMARY = "bootstrapping CYBORGS' masks, ResNet-50"
 _FEATURE, _CLUSTERS, _ITERATIONS = "res3.2", 64, 20
@@ -56,13 +58,41 @@ def run(args: argparse.Namespace) -> Measurement:
         repeats = min(args.repeats, 2) if args.quick else args.repeats
         runs = repeat_in_turns({k: partial(_time, f, paths) for k, f in contestants.items()}, repeats, args.seed)
         kilobytes = {k: f.bytes_written / f.num_written / 1e3 for k, f in contestants.items()}
+        peaks = {n: peak_of_round(model, paths, n, folder / f"round_{n}") for n in (num_images, 4 * num_images)}
+    for n, megabytes in peaks.items():
+        print(f"a round of masks of {n} images, {num_images} in a clustering: {megabytes:.0f} MB at the peak")
     ms = {k: statistics.median(v) for k, v in runs.items()}
     rows = [
         Row("bootstrapped mask, float32", ms["plain"], ms["float32"], unit="ms CPU an image", goal=2.0),
         Row("bootstrapped mask, bfloat16", ms["plain"], ms["bfloat16"], unit="ms CPU an image", goal=3.5),
         Row("bootstrapped mask, file", kilobytes["plain"], kilobytes["float32"], unit="kB an image", goal=100.0),
     ]
-    return Measurement(rows, {"num_images": num_images, "ms_per_image": runs, "kilobytes": kilobytes})
+    return Measurement(rows, {"num_images": num_images, "ms_per_image": runs, "kilobytes": kilobytes, "peak_mb": peaks})
+
+
+def peak_of_round(model: ObjectSSL, paths: list[Path], num_images: int, root: Path) -> float:
+    """By how much a round of masks raises the memory at its peak, MB; as many images in a clustering as there are files."""
+    files = itertools.islice(itertools.cycle(paths), num_images)
+    dataset = [{"file_name": str(file), "region_key": f"speed/{i}"} for i, file in enumerate(files)]
+    maker = MaskMaker(
+        build_clusterer=partial(build_clusterer, model, torch.bfloat16),
+        images_per_clustering=len(paths),
+        dataset=dataset,
+        dataset_names=["speed"],
+        max_unreadable=0.0,
+    )
+    return peak_memory(partial(maker.make, 0, root, 0))
+
+
+def build_clusterer(model: ObjectSSL, dtype: torch.dtype | None) -> FeatureClusterer:
+    """Of the student's features."""
+    return FeatureClusterer(
+        model.student.backbone,
+        normalize=lambda x: (x - model.pixel_mean) / model.pixel_std,
+        settings=ClusterSettings(_FEATURE, _CLUSTERS, _CLUSTERS, _ITERATIONS),
+        device_type="cpu",
+        dtype=dtype,
+    )
 
 
 class PlainBootstrap:
@@ -105,14 +135,7 @@ class OwnBootstrap:
     """d2_objssl."""
 
     def __init__(self, model: ObjectSSL, folder: Path, dtype: torch.dtype | None) -> None:
-        settings = ClusterSettings(_FEATURE, _CLUSTERS, _CLUSTERS, _ITERATIONS)
-        self.clusterer = FeatureClusterer(
-            model.student.backbone,
-            normalize=lambda x: (x - model.pixel_mean) / model.pixel_std,
-            settings=settings,
-            device_type="cpu",
-            dtype=dtype,
-        )
+        self.clusterer = build_clusterer(model, dtype)
         root = folder / f"maps_{dtype}"
         begin_maps(
             root, MapSettings("bootstrap", {}, overlapping=False, resolution="features", dataset_names=["speed"])
