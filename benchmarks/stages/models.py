@@ -15,7 +15,7 @@ SLOTCON_CONFIG = Path(__file__).resolve().parents[2] / "configs/pretrain/slotcon
 
 def build_slotcon(*overrides: Any) -> ObjectSSL:
     """The model of the paper's COCO config, with random weights, in training mode."""
-    cfg = resolve_norms(setup_cfg(str(SLOTCON_CONFIG), [str(o) for o in overrides]))
+    cfg = resolve_norms(setup_cfg(str(SLOTCON_CONFIG), ["MODEL.DEVICE", "cpu", *map(str, overrides)]))
     model = build_model(cfg)
     assert isinstance(model, ObjectSSL)
     return model.train()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -25,7 +24,7 @@ from d2_objssl.structures import ViewBatch
 
 from .models import build_slotcon
 from .plain_updates import PlainLARS, move_plainly, teacher_hook
-from .timing import Measurement, Row, repeat_in_turns, use_one_thread
+from .timing import Measurement, Row, repeat_in_turns, status_mb, use_one_thread
 
 SUMMARY = "a training step of SlotCon, ResNet-50, 224 px"
 
@@ -72,7 +71,7 @@ def peak_of_process(name: str, batch_size: int, seed: int) -> float:
     step, batch = build_step(name, seed), make_batch(batch_size, seed)
     for _ in range(2):
         step(batch)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return status_mb("VmHWM")
 
 
 def make_batch(num_images: int, seed: int, crop_size: int = 224) -> SSLBatch:

@@ -82,7 +82,16 @@ def own_loader(folder: Path, num_workers: int, seed: int, *opts: str) -> Iterabl
     """The training loader of SlotCon's COCO config."""
     with tempfile.TemporaryDirectory(prefix="d2_objssl-speed-") as output_dir:
         common = ["DATASETS.TRAIN", f"('images:{folder}',)", "DATALOADER.NUM_WORKERS", str(num_workers)]
-        common += ["SOLVER.IMS_PER_BATCH", str(_BATCH_SIZE), "SEED", str(seed), "OUTPUT_DIR", output_dir]
+        common += [
+            "MODEL.DEVICE",
+            "cpu",
+            "SOLVER.IMS_PER_BATCH",
+            str(_BATCH_SIZE),
+            "SEED",
+            str(seed),
+            "OUTPUT_DIR",
+            output_dir,
+        ]
         return build_train_loader(setup_cfg(str(SLOTCON_CONFIG), [*common, *opts]))
 
 

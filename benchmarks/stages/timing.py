@@ -96,13 +96,14 @@ def peak_memory(run: Callable[[], object]) -> float:
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # give freed memory back, which would be used again unnoticed
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before = _status_mb("VmRSS")
+        before = status_mb("VmRSS")
         run()
-        return _status_mb("VmHWM") - before
+        return status_mb("VmHWM") - before
     except OSError:
         return float("nan")
 
 
-def _status_mb(key: str) -> float:
+def status_mb(key: str) -> float:
+    """A size that Linux states of this process, e.g. "VmRSS" or "VmHWM", its peak, MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith(key)) / 1024

@@ -12,7 +12,8 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
-_NORM_PART = 1 << 17  # elements
+_NORM_PART = 1 << 19  # elements
+_CANCELLATION = 0.1  # of |g + wd p| against wd |p|; below it that norm is computed from the sum itself
 _SMALLEST_RATIO = 1e-12  # of weights to update; beyond it, and its inverse, the momentum is not kept in its units
 
 
@@ -97,28 +98,34 @@ class LARS(torch.optim.Optimizer):
         With the trust ratio r, m <- mu m + r u,  p <- p - lr m  is, for the buffer b = m / r, the step of SGD
         b <- (mu r' / r) b + u,  p <- p - lr r b,  where r' is the ratio of the step before. `buffer_scale` keeps it.
         """
+        vectors = [p for p in params if p.ndim == 1]
+        self._sgd_step(vectors, lr=group["lr"], momentum=group["momentum"], weight_decay=0.0)
         for p in params:
+            if p.ndim == 1:
+                continue
             assert p.grad is not None
-            buffer, ratio, decay = self._momentum_buffer(p), 1.0, 0.0
-            if p.ndim != 1:
-                decay = group["weight_decay"]
-                ratio = _trust_ratio(p, p.grad, decay, group["trust_coefficient"])
+            ratio = _trust_ratio(p, p.grad, group["weight_decay"], group["trust_coefficient"])
             if not _SMALLEST_RATIO < ratio < 1 / _SMALLEST_RATIO:
                 self._foreach_step([p], group)
                 continue
-            sgd(
-                [p],
-                [p.grad],
-                [buffer],
-                fused=True,
-                weight_decay=decay,
-                momentum=group["momentum"] * self.state[p]["buffer_scale"] / ratio,
-                lr=group["lr"] * ratio,
-                dampening=0.0,
-                nesterov=False,
-                maximize=False,
-            )
+            momentum = group["momentum"] * self.state[p]["buffer_scale"] / ratio
+            self._sgd_step([p], lr=group["lr"] * ratio, momentum=momentum, weight_decay=group["weight_decay"])
             self.state[p]["buffer_scale"] = ratio
+
+    def _sgd_step(self, params: list[Tensor], *, lr: float, momentum: float, weight_decay: float) -> None:
+        """SGD on the parameters and their buffers, as these are."""
+        sgd(
+            params,
+            [p.grad for p in params if p.grad is not None],
+            [self._momentum_buffer(p) for p in params],
+            fused=True,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            lr=lr,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
 
     def _is_aligned(self, param: Tensor) -> bool:
         """Whether parameter, gradient and buffer have their elements in one order, without gaps."""
@@ -167,13 +174,14 @@ def _trust_ratio(param: Tensor, grad: Tensor, weight_decay: float, trust_coeffic
     params, grads = _flat(param), _flat(grad)
     assert params is not None and grads is not None
     param_square = update_square = 0.0
-    # In parts that stay in the cache, so that memory is read once and none is allocated for all of the sum.
-    scratch = params.new_empty(min(_NORM_PART, params.numel()))
+    # In parts that stay in the cache, so that memory is read once: |g + wd p|^2 = |g|^2 + 2 wd g p + wd^2 |p|^2.
     for p, g in zip(params.split(_NORM_PART), grads.split(_NORM_PART), strict=True):
-        update = torch.add(g, p, alpha=weight_decay, out=scratch[: p.numel()])
-        update_square += torch.dot(update, update).item()
-        param_square += torch.dot(p, p).item()
-    param_norm, update_norm = math.sqrt(param_square), math.sqrt(update_square)
+        product, square = torch.dot(p, g).item(), torch.dot(p, p).item()
+        param_square += square
+        update_square += torch.dot(g, g).item() + weight_decay * (2 * product + weight_decay * square)
+    param_norm, update_norm = math.sqrt(param_square), math.sqrt(max(update_square, 0.0))
+    if update_norm < _CANCELLATION * weight_decay * param_norm:  # the sum is what rounding left of its terms
+        update_norm = torch.linalg.vector_norm(grads + weight_decay * params).item()
     return trust_coefficient * param_norm / update_norm if param_norm > 0 and update_norm > 0 else 1.0
 
 

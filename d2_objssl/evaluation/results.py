@@ -47,7 +47,7 @@ from ..config import add_objssl_config
 from ..weight_files import CheckpointError, file_sha256, load_checkpoint
 
 _PACKAGES: tuple[str, ...] = ("torch", "torchvision", "numpy", "pillow", "fvcore", "pycocotools", "faster-coco-eval")
-_PACKAGES += ("scikit-image", "scikit-learn", "numba")
+_PACKAGES += ("opencv-python", "scipy", "scikit-image", "scikit-learn", "numba")
 
 
 def environment() -> dict[str, Any]:

@@ -65,6 +65,17 @@ def test_lars_equals_oracle() -> None:
         assert_equals_oracle(name, history[name], gradients[name], **SETTINGS)
 
 
+@pytest.mark.parametrize("rest", [1e-1, 1e-3, 1e-5])
+def test_lars_where_gradient_and_decay_nearly_cancel(rest: float) -> None:
+    """g = -wd p (1 - rest): the norm of their sum must not be computed as the difference of large numbers."""
+    p = nn.Parameter(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+    p.grad = -0.1 * p.detach() * (1 - rest)
+    before, update = p.detach().double(), p.grad.double() + 0.1 * p.detach().double()
+    LARS([p], lr=1.0, weight_decay=0.1, momentum=0.9).step()
+    expected = 0.001 * before.norm() / update.norm() * update
+    torch.testing.assert_close(before - p.detach().double(), expected, rtol=3e-3, atol=1e-6)
+
+
 def test_lars_keeps_channels_last() -> None:
     """The result does not depend on the memory layout of weights and gradients."""
     generator = torch.Generator().manual_seed(2)
