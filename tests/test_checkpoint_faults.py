@@ -17,11 +17,14 @@ from unittest import mock
 
 import pytest
 import torch
+from detectron2.config import get_cfg
+from detectron2.engine import default_argument_parser
 from test_checkpoint import Trainer, tiny_model
 from test_weight_files import EVIL_FILES, Evil
 from torch import nn
 
 from d2_objssl.checkpoint import CheckpointError, ObjSSLCheckpointer
+from d2_objssl.engine import default_setup
 from d2_objssl.engine.hooks import Checkpoints
 from d2_objssl.engine.output_lock import OutputLock
 
@@ -207,12 +210,15 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path: Path) -> None:
         orphan = int(holder.stdout.readline())
         try:
             lock = OutputLock(str(tmp_path))
-            with pytest.raises(
-                RuntimeError, match=r"in use: process 1 on elsewhere trains into it.*another OUTPUT_DIR"
-            ):
+            in_use = r"in use: process 1 on elsewhere trains into it.*another OUTPUT_DIR"
+            with pytest.raises(RuntimeError, match=in_use):
                 lock.before_train()
             lock.after_train()
-            assert leftover.exists()
+            cfg = get_cfg()
+            cfg.OUTPUT_DIR = str(tmp_path)
+            with pytest.raises(RuntimeError, match=in_use):
+                default_setup(cfg, default_argument_parser().parse_args([]))
+            assert set(tmp_path.iterdir()) == {path, leftover}, "nothing is written"
             holder.kill()
             holder.wait()
             lock.before_train()

@@ -23,6 +23,7 @@ from ..config import add_objssl_config
 from ..data import register_image_folders
 from .config_checks import find_mistakes
 from .config_merging import merge_node, merge_pairs, raise_mistakes
+from .output_lock import check_unlocked
 from .preemption import forward_signals
 
 
@@ -94,7 +95,13 @@ def _whole_numbers_as_floats(cfg: CfgNode, opts: list[str]) -> list[str]:
 
 
 def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Detectron2's `default_setup`, with a logger for this package."""
+    """Detectron2's `default_setup`, with a logger for this package.
+
+    Raises:
+        RuntimeError: before training, if another process trains into OUTPUT_DIR, which is then left as it is.
+    """
+    if not args.eval_only:
+        check_unlocked(cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_objssl")
     d2_default_setup(cfg, args)
 

@@ -52,17 +52,7 @@ class OutputLock(HookBase):
     def _acquire(self) -> None:
         path = os.path.join(self._folder, _NAME)
         file: BinaryIO = open(path, "ab+", buffering=0)  # noqa: SIM115  # it stays open as long as the run lasts
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            with file:
-                file.seek(0)
-                owner = file.read().decode().strip() or "another process"
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise RuntimeError(
-                    f"OUTPUT_DIR {self._folder} is in use: {owner} trains into it. Choose another OUTPUT_DIR, or end that run"
-                ) from error
-            logger.warning("OUTPUT_DIR %s cannot be locked (%s): see to it that one run at a time uses it", path, error)
+        if not _lock(file, self._folder):
             return
         file.truncate(0)
         with contextlib.suppress(OSError):  # of a full disk: the lock counts, not its text
@@ -70,3 +60,36 @@ class OutputLock(HookBase):
         self._file = file
         for name in remove_leftovers(self._folder):
             logger.info("Deleted %s, which a killed process had not finished writing", name)
+
+
+def check_unlocked(folder: str) -> None:
+    """Look whether another process trains into a folder, before anything is written there; in all processes.
+
+    Raises:
+        RuntimeError: as `OutputLock`.
+    """
+    on_main_process(lambda: _check_unlocked(folder))
+
+
+def _check_unlocked(folder: str) -> None:
+    path = os.path.join(folder, _NAME)
+    if os.path.isfile(path):
+        with open(path, "ab+", buffering=0) as file:
+            _lock(file, folder)
+
+
+def _lock(file: BinaryIO, folder: str) -> bool:
+    """Lock an open file; returns whether it is locked. Closes it if not, with a warning or an error."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        with file:
+            file.seek(0)
+            owner = file.read().decode().strip() or "another process"
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise RuntimeError(
+                f"OUTPUT_DIR {folder} is in use: {owner} trains into it. Choose another OUTPUT_DIR, or end that run"
+            ) from error
+        logger.warning("OUTPUT_DIR %s cannot be locked (%s): see to it that one run at a time uses it", folder, error)
+        return False
+    return True
