@@ -13,12 +13,15 @@ the seed, the versions and the hardware.
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 from stages import STAGES
-from stages.timing import Row, format_rows, use_one_thread
+from stages.timing import Measurement, Row, format_rows, use_one_thread
 
 from d2_objssl.evaluation.results import write_record
 
@@ -42,32 +45,42 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, run, print, write."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    names = list(STAGES) if args.stage == "all" else [args.stage]
-    rows: list[Row] = []
-    details = {}
-    for name in names:
-        stage_args = args
-        if args.stage == "all":
-            common = ["--repeats", str(args.repeats), "--seed", str(args.seed), *(["--quick"] if args.quick else [])]
-            stage_args = parser.parse_args([name, *common])
-            print(f"== {name}: {STAGES[name].SUMMARY}", flush=True)
+    args = build_parser().parse_args(argv)
+    if args.stage == "all":
+        measurements = measure_all(args)
+    else:
         use_one_thread()
         try:
-            measurement = STAGES[name].run(stage_args)
+            measurements = {args.stage: STAGES[args.stage].run(args)}
         except (ValueError, ImportError) as error:
-            if args.stage != "all":
-                sys.exit(f"error: {error}")
-            print(f"{name} is left out: {error}", flush=True)
-            continue
-        rows += measurement.rows
-        details[name] = measurement.details
+            sys.exit(f"error: {error}")
+    rows = [row for measurement in measurements.values() for row in measurement.rows]
     print(f"\n{format_rows(rows)}")
     if args.output:
         table = [{**asdict(row), "ratio": row.ratio} for row in rows]
+        details = {name: measurement.details for name, measurement in measurements.items()}
         write_record(args.output, {"task": "speed", "seed": args.seed, "table": table, "details": details})
         print(f"Written: {args.output}")
+
+
+def measure_all(args: argparse.Namespace) -> dict[str, Measurement]:
+    """Measure every stage in a process of its own: what one leaves in memory makes the next one faster or slower."""
+    measurements = {}
+    common = ["--repeats", str(args.repeats), "--seed", str(args.seed), *(["--quick"] if args.quick else [])]
+    for name, stage in STAGES.items():
+        print(f"== {name}: {stage.SUMMARY}", flush=True)
+        with tempfile.TemporaryDirectory(prefix="d2_objssl-speed-") as folder:
+            output = Path(folder) / "record.json"
+            command = [sys.executable, __file__, name, *common, "--output", str(output)]
+            process = subprocess.run(command, capture_output=True, text=True, check=False)
+            if process.returncode:
+                print(f"{name} is left out: {process.stderr.strip()[-2000:]}", flush=True)
+                continue
+            record = json.loads(output.read_text())
+        rows = [Row(**{k: v for k, v in row.items() if k != "ratio"}) for row in record["table"]]
+        measurements[name] = Measurement(rows, record["details"][name])
+        print(format_rows(rows), flush=True)
+    return measurements
 
 
 if __name__ == "__main__":

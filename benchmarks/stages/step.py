@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> Measurement:
     del contestants
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         peaks = {k: pool.submit(peak_of_process, k, batch_size, args.seed).result() for k in ("plain", "bfloat16")}
-    rows.append(Row(f"{name}, bfloat16, peak", peaks["plain"], peaks["bfloat16"], unit="MB of a process", goal=1.33))
+    goal = 1.33 if batch_size >= 8 else None  # weights, and what is computed in float32, do not shrink
+    rows.append(Row(f"{name}, bfloat16, peak", peaks["plain"], peaks["bfloat16"], unit="MB of a process", goal=goal))
     details = {"batch_size": batch_size, "threads": args.threads, "seconds": runs, "losses": losses, "peak_mb": peaks}
     return Measurement(rows, details)
 
