@@ -123,29 +123,29 @@ def _cpu_ms(function: Callable[[], Any]) -> float:
 
 def compare_compile(args: argparse.Namespace) -> Row:
     """torch.compile of both backbones, default mode; compiling itself is not in the figure."""
-    batch = make_batch(4, args.seed)
-    eager, compiled = OwnStep(args.seed, dtype=torch.bfloat16), OwnStep(args.seed, dtype=torch.bfloat16)
+    compiled = OwnStep(args.seed, dtype=torch.bfloat16)
     assert compiled.model.teacher is not None
     for branch in (compiled.model.student, compiled.model.teacher):
         branch.backbone.compile()
-    contestants = {"plain": partial(_step_s, compiled, batch), "ours": partial(_step_s, eager, batch)}
-    for step in contestants.values():
-        step()
-    runs = repeat_in_turns(contestants, min(args.repeats, 3), args.seed)
-    return _row("SlotCon R50 step, bfloat16, batch 4, compiled backbones", runs, unit="s")
+    return _compare_steps("compiled backbones", compiled, args)
 
 
 def compare_memory_format(args: argparse.Namespace) -> Row:
     """The same network in PyTorch's default memory layout, against its own."""
-    batch = make_batch(4, args.seed)
-    contiguous, own = (OwnStep(args.seed, dtype=torch.bfloat16) for _ in range(2))
+    contiguous = OwnStep(args.seed, dtype=torch.bfloat16)
     contiguous.model.memory_format = torch.contiguous_format
     contiguous.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    contestants = {"plain": partial(_step_s, contiguous, batch), "ours": partial(_step_s, own, batch)}
+    return _compare_steps("contiguous tensors", contiguous, args)
+
+
+def _compare_steps(what: str, changed: OwnStep, args: argparse.Namespace) -> Row:
+    """Training steps of SlotCon that were changed, against the trainer's."""
+    batch, own = make_batch(4, args.seed), OwnStep(args.seed, dtype=torch.bfloat16)
+    contestants = {"plain": partial(_step_s, changed, batch), "ours": partial(_step_s, own, batch)}
     for step in contestants.values():
         step()
     runs = repeat_in_turns(contestants, min(args.repeats, 3), args.seed)
-    return _row("SlotCon R50 step, bfloat16, batch 4, contiguous tensors", runs, unit="s")
+    return _row(f"SlotCon R50 step, bfloat16, batch 4, {what}", runs, unit="s")
 
 
 def compare_segmentation(args: argparse.Namespace) -> Row:
