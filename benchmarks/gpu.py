@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import logging
 import os
 import shutil
 import subprocess
@@ -37,6 +36,7 @@ from gpu_input import loader_tasks, training_tasks
 from gpu_profile import profile_tasks
 from gpu_settings import Settings, Task, Workspace
 from gpu_steps import compile_tasks, step_tasks
+from stages.timing import quiet_loggers
 from tabulate import tabulate
 
 from d2_objssl.evaluation.results import write_record
@@ -179,13 +179,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         sys.exit("error: PyTorch finds no GPU here; to see that everything runs: --device cpu --tiny")
     if args.device == "cpu" and not args.tiny:
         sys.exit("error: --device cpu needs --tiny: whole networks would take hours; benchmarks/speed.py is for CPUs")
-    for name in ("d2_objssl", "detectron2"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are in the record
     settings = choose_settings(args.device, tiny=args.tiny, seed=args.seed)
     record: dict[str, Any] = {"task": "gpu", "seed": args.seed, "device": describe_device(args.device)}
     record |= {"settings": asdict(settings), "goal": GOAL, "paper": PAPER}
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="d2_objssl-gpu-") as folder:
+    with tempfile.TemporaryDirectory(prefix="d2_objssl-gpu-") as folder, quiet_loggers("d2_objssl", "detectron2"):
         workspace = Workspace(Path(folder), settings)
         tasks = [task for name in args.only for task in MEASUREMENTS[name](settings, workspace)]
         for row in run_tasks(tasks, seconds=60 * args.minutes):

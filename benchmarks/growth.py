@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from typing import Any
 
 from growth_drawing import draw_growth
 from growth_parts import Sizes, grow_batch, grow_processes, grow_prototypes, grow_regions
-from stages.timing import use_one_thread
+from stages.timing import quiet_loggers, use_one_thread
 from tabulate import tabulate
 
 from d2_objssl.evaluation.results import write_record
@@ -77,11 +76,11 @@ def main(argv: list[str] | None = None) -> None:
 def run(sizes: Sizes, parts: Sequence[str]) -> dict[str, Any]:
     """Measure and print the parts; returns the record."""
     use_one_thread()
-    logging.getLogger("d2_objssl").setLevel(logging.ERROR)  # which norm replaces SyncBN is no news here
     record: dict[str, Any] = {"task": "growth", "seed": sizes.seed, "repeats": sizes.repeats}
     for name in parts:
         start = time.perf_counter()
-        record[name] = PARTS[name](sizes)
+        with quiet_loggers("d2_objssl"):
+            record[name] = PARTS[name](sizes)
         print(f"== {name}: {record[name]['setting']} ({time.perf_counter() - start:.0f} s)\n")
         print(f"{format_part(name, record[name])}\n", flush=True)
     return record

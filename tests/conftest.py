@@ -101,6 +101,17 @@ def load_tool() -> Callable[[str], ModuleType]:
 
 
 @pytest.fixture
+def keep_threads() -> Iterator[None]:
+    """Gives the process its numbers of threads back: benchmarks set them."""
+    import cv2
+
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    yield
+    torch.set_num_threads(before[0])
+    cv2.setNumThreads(before[1])
+
+
+@pytest.fixture
 def catalog() -> Iterator[None]:
     """Removes from the catalogs what a test registers."""
     # Not above: the package reads the datasets folder, which pytest_configure sets, when it is imported.

@@ -12,6 +12,8 @@ from gpu_settings import Task
 
 from d2_objssl.engine.config_checks import run_checks
 
+pytestmark = pytest.mark.usefixtures("keep_threads")
+
 
 @pytest.fixture
 def run_first_tasks(monkeypatch, tmp_path) -> Callable[..., dict[str, dict]]:

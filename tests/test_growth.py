@@ -11,6 +11,7 @@ from growth_parts import Sizes
 from growth_processes import Traffic
 from growth_steps import Heads, Step, step_batch
 
+pytestmark = pytest.mark.usefixtures("keep_threads")
 DIM = 16
 TINY = ["MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.WIDTH_PER_GROUP", 4, "INPUT.SSL.CROP_SIZE", 64]
 TINY += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "MODEL.SSL.DETCON.NUM_REGIONS", 4]

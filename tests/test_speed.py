@@ -18,6 +18,8 @@ from d2_objssl.engine import LARS
 from d2_objssl.modeling.heads import MLP
 from d2_objssl.modeling.methods.detcon import detcon_nce
 
+pytestmark = pytest.mark.usefixtures("keep_threads")
+
 
 def gradients(loss, leaf):
     leaf.grad = None

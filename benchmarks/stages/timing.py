@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,20 @@ def use_one_thread(worker_id: int = 0) -> None:
     """Have this process compute with one thread; also the `worker_init_fn` of loaders."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+
+
+@contextmanager
+def quiet_loggers(*names: str) -> Iterator[None]:
+    """Let nothing below critical errors of these loggers through for a while: what they say is no news here."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def peak_memory(run: Callable[[], object]) -> float:
