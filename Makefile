@@ -52,7 +52,7 @@ test: env ## Run the fast tests; more options in TEST_ARGS="..."
 test-slow: env ## Run all tests, the slow ones too
 	$(RUN) -m pytest -n $(TEST_JOBS) --dist worksteal --runslow $(TEST_ARGS)
 
-bench: env ## Speed of every stage against the plain way, in short (10 minutes)
+bench: env ## Speed of every stage against the plain way, in short (5 minutes)
 	$(RUN) benchmarks/speed.py all --quick
 
 check: lint types ## What CI checks beside the tests: ruff check, ruff format --check, mypy
