@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from d2_objssl.data import SSLBatch
 from d2_objssl.engine import build_optimizer, resolve_norms, setup_cfg
-from d2_objssl.engine.trainer import TrainStep, amp_dtype
+from d2_objssl.engine.train_step import TrainStep, amp_dtype
 from d2_objssl.modeling import ObjectSSL
 from d2_objssl.proposals import grid_regions
 from d2_objssl.structures import ViewBatch
