@@ -77,9 +77,9 @@ def measure_all(args: argparse.Namespace) -> dict[str, Measurement]:
                 print(f"{name} is left out: {process.stderr.strip()[-2000:]}", flush=True)
                 continue
             record = json.loads(output.read_text())
+            print(process.stdout.partition("Written:")[0].strip(), flush=True)
         rows = [Row(**{k: v for k, v in row.items() if k != "ratio"}) for row in record["table"]]
         measurements[name] = Measurement(rows, record["details"][name])
-        print(format_rows(rows), flush=True)
     return measurements
 
 

@@ -100,7 +100,7 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     Raises:
         RuntimeError: before training, if another process trains into OUTPUT_DIR, which is then left as it is.
     """
-    if not args.eval_only:
+    if not getattr(args, "eval_only", False):
         check_unlocked(cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_objssl")
     d2_default_setup(cfg, args)

@@ -110,10 +110,11 @@ class TrainStep(SimpleTrainer):
         loss_dict = dict(zip(loss_dict, losses, strict=True))
         if not all(torch.isfinite(loss) for loss in losses):
             raise self._not_finite("loss", str({k: v.item() for k, v in loss_dict.items()}), data)
-        self._write_metrics(loss_dict, data_time)
         self.step_skipped = not math.isfinite(norm)
         if self.step_skipped and not self.grad_scaler.is_enabled():
             raise self._not_finite("gradient", _nonfinite_gradients(self.model), data)
+        # Behind the guard: this waits for all processes, and by the shared gradient either none has stopped or all have.
+        self._write_metrics(loss_dict, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
         if self.step_skipped:

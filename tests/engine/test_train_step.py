@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import tempfile
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import Any
 import pytest
 import torch
 from detectron2.engine import hooks
+from detectron2.utils import comm
+from multiprocess import run_in_processes
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from d2_objssl.engine import EMATeacher
 from d2_objssl.engine.train_step import TrainStep, gradient_norm
@@ -67,6 +71,28 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(tmp_path: Path
     assert len(recorder.weights) == 2 and not torch.equal(recorder.weights[0], recorder.weights[1])
     assert torch.equal(step.model.layer.weight, recorder.weights[1])
     assert all(v.isfinite().all() for state in step.optimizer.state.values() for v in state.values())
+
+
+def stop_of_a_process() -> str:
+    """Train in several processes, of which the last one gets a batch that is not finite; returns the error's message."""
+    data = [torch.ones(3, 4)] * 3
+    if comm.get_rank() == comm.get_world_size() - 1:
+        data[1] = torch.full((3, 4), math.nan)
+    model = DistributedDataParallel(Regression(lambda i: 1.0).train())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tempfile.TemporaryDirectory() as folder:
+        step = TrainStep(model, data, optimizer, device_type="cpu", dtype=None, output_dir=folder)
+        with pytest.raises(FloatingPointError) as error:
+            step.train(0, 3)
+    assert all(p.isfinite().all() for p in model.parameters())
+    return str(error.value)
+
+
+def test_a_loss_of_one_process_that_is_not_finite_stops_all_of_them() -> None:
+    """By the gradient that they share, and not by waiting for the one that has stopped."""
+    healthy, bad = run_in_processes(stop_of_a_process)
+    assert bad.startswith("The loss became infinite or NaN at iteration 1")
+    assert healthy.startswith("The gradient became infinite or NaN at iteration 1")
 
 
 def test_gradient_norm() -> None:

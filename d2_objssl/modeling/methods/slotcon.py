@@ -54,6 +54,9 @@ from .registry import SSL_METHOD_REGISTRY, SSLMethod
 _DEAD_AFTER_IMAGES = 5000
 
 
+_DIRECTIONS = ((0, 1), (1, 0))  # the views of the student and of the teacher that are compared
+
+
 # ---------------------------------------------------------------------------------------------- pure functions
 
 
@@ -173,13 +176,13 @@ def image_nce(queries: Tensor, keys: Tensor, rank_offset: int, temp: float) -> T
 
 
 def true_rows(masks: Sequence[Tensor]) -> list[Tensor]:
-    """Indices of what is True in each of several masks of equal shape (flattened); waits for the device but here, once.
+    """List what is True in each of several masks together: lengths depend on values, so this waits for the device.
 
     Args:
-        masks: (...) bool.
+        masks: bool, of one shape.
 
     Returns:
-        For each mask the indices, int64, ascending.
+        For each mask (n,) int64, indices of its flattened elements, ascending.
     """
     flat = torch.stack([mask.flatten() for mask in masks])
     return list(flat.nonzero()[:, 1].split(flat.sum(dim=1).tolist()))
@@ -298,12 +301,12 @@ class SlotConCriterion(nn.Module):
         Returns:
             Weighted scalars "loss_group", "loss_slot" and, where it has a weight, "loss_image".
         """
-        directions = ((0, 1), (1, 0))
-        pairs = [student[a].valid & teacher[b].valid for a, b in directions]
+        pairs = [student[a].valid & teacher[b].valid for a, b in _DIRECTIONS]
         rows = true_rows([*pairs, *(t.valid for t in teacher)])
         pair_rows, key_rows = rows[:2], rows[2:]
         queries = [
-            self.predictor(student[a].z.flatten(0, 1).index_select(0, pair_rows[a])).float() for a, _ in directions
+            self.predictor(student[a].z.flatten(0, 1).index_select(0, of_pairs)).float()
+            for (a, _), of_pairs in zip(_DIRECTIONS, pair_rows, strict=True)
         ]
         # Similarities and softmaxes are worth full precision; they cost next to nothing.
         with torch.autocast(self.center.device.type, enabled=False):
@@ -314,7 +317,7 @@ class SlotConCriterion(nn.Module):
             "loss_slot": (1 - self.group_loss_weight) * (slot[0] + slot[1]),
         }
         if self.image_loss_weight > 0:
-            image = [self._image_loss(student[a], teacher[b]) for a, b in directions]
+            image = [self._image_loss(student[a], teacher[b]) for a, b in _DIRECTIONS]
             losses["loss_image"] = self.image_loss_weight * (image[0] + image[1])
         if self.training:
             self._update_statistics(student, teacher, pairs)
@@ -337,25 +340,34 @@ class SlotConCriterion(nn.Module):
             grouping_loss(
                 student_dots[a], teacher_dots[b], self.center, self.student_temp, self.teacher_temp, cell_valid
             )
-            for a, b in ((0, 1), (1, 0))
+            for a, b in _DIRECTIONS
         ]
         return loss[0] + loss[1]
 
     def _slot_losses(
         self, queries: list[Tensor], teacher: list[RegionEmbeddings], pair_rows: list[Tensor], key_rows: list[Tensor]
     ) -> list[Tensor]:
-        """Of both directions; the rows are those of (N K) slots, of the pairs of each direction and of the active keys."""
+        """The slot loss of each direction.
+
+        Args:
+            queries: (P, D) predicted slots of each direction's pairs.
+            teacher: embeddings of the two views.
+            pair_rows: (P,) of each direction, which of the (N K) slots of a view are its pairs.
+            key_rows: of each view, which of its slots are active in the teacher.
+        """
         slots = [t.z.flatten(0, 1) for t in teacher]
         if self.regression:
-            return [slot_regression(queries[a], slots[b].index_select(0, pair_rows[a])) for a, b in ((0, 1), (1, 0))]
+            return [
+                slot_regression(q, slots[b].index_select(0, of_pairs))
+                for q, of_pairs, (_, b) in zip(queries, pair_rows, _DIRECTIONS, strict=True)
+            ]
         gathered = gather_rows([z.index_select(0, rows) for z, rows in zip(slots, key_rows, strict=True)])
         losses = []
-        for a, b in ((0, 1), (1, 0)):
+        for q, of_pairs, (_, b) in zip(queries, pair_rows, _DIRECTIONS, strict=True):
             keys, offset = gathered[b]
-            # Row of each active slot in the compacted list of this process' keys.
-            compacted = teacher[b].valid.flatten().cumsum(0) - 1
-            labels = compacted.index_select(0, pair_rows[a]) + offset
-            losses.append(compact_slot_nce(queries[a], keys, labels, self.slot_temp))
+            # Every pair is among the active keys of this process: where in their list?
+            labels = torch.searchsorted(key_rows[b], of_pairs) + offset
+            losses.append(compact_slot_nce(q, keys, labels, self.slot_temp))
         return losses
 
     def _image_loss(self, student: RegionEmbeddings, teacher: RegionEmbeddings) -> Tensor:
