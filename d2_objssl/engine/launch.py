@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import re
@@ -24,7 +25,7 @@ from ..data import register_image_folders
 from .config_checks import find_mistakes
 from .config_merging import merge_node, merge_pairs, raise_mistakes
 from .output_lock import check_unlocked
-from .preemption import forward_signals
+from .preemption import Preempted, forward_signals
 
 
 def setup_cfg(config_file: str, opts: list[str], *, stored: str = "", for_training: bool = False) -> CfgNode:
@@ -106,28 +107,50 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     d2_default_setup(cfg, args)
 
 
-def launch(main_func: Callable[..., Any], args: argparse.Namespace) -> Any:
-    """Run `main_func(args)` in as many processes as the arguments of Detectron2's parser, or torchrun, ask for."""
+def launch(main_func: Callable[..., Any], args: argparse.Namespace) -> None:
+    """Run `main_func(args)` in as many processes as the arguments of Detectron2's parser, or torchrun, ask for.
+
+    With several processes, `main_func` is importable by name: they are started anew.
+    """
     if dist.is_torchelastic_launched():
-        return _run_under_torchrun(main_func, args)
-    with forward_signals() if args.num_gpus * args.num_machines > 1 else nullcontext():
-        return d2_launch(
-            main_func,
+        _run_under_torchrun(main_func, args)
+        return
+    several = args.num_gpus * args.num_machines > 1
+    with forward_signals() if several else nullcontext():
+        d2_launch(
+            _run_in_group if several else main_func,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=(args,),
+            args=(main_func, args) if several else (args,),
         )
 
 
-def _run_under_torchrun(main_func: Callable[..., Any], args: argparse.Namespace) -> Any:
+def _run_under_torchrun(main_func: Callable[..., Any], args: argparse.Namespace) -> None:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)  # as in Detectron2's launch
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    _run_in_group(main_func, args)
+
+
+def _run_in_group(main_func: Callable[..., Any], args: argparse.Namespace) -> None:
+    """Run `main_func(args)` and leave the process group, if all its processes have come to their end.
+
+    Gloo's threads may hold tensors a moment longer than their collective lasts. If one lets go of them while the interpreter
+    is finalised, the process aborts, and a run that has finished would look like one that has failed. The threads end
+    with the group, and that with the last object that refers to it (a DistributedDataParallel, often in a reference cycle).
+    After an error nobody waits: the other processes may be inside a collective.
+    """
+    preempted = None
     try:
-        return main_func(args)
-    finally:
-        dist.destroy_process_group()
+        main_func(args)
+    except Preempted as stop:
+        preempted = stop.with_traceback(None)  # whose frames refer to the group
+    comm._get_global_gloo_group.cache_clear()
+    gc.collect()
+    dist.destroy_process_group()
+    if preempted is not None:
+        raise preempted
