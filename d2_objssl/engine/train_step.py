@@ -108,9 +108,14 @@ class TrainStep(SimpleTrainer):
         self.grad_scaler.unscale_(self.optimizer)
         *losses, norm = read_scalars([*loss_dict.values(), gradient_norm(self.model)])
         loss_dict = dict(zip(loss_dict, losses, strict=True))
-        if not all(torch.isfinite(loss) for loss in losses):
-            raise self._not_finite("loss", str({k: v.item() for k, v in loss_dict.items()}), data)
         self.step_skipped = not math.isfinite(norm)
+        loss_is_finite = all(torch.isfinite(loss) for loss in losses)
+        # By the gradient that they share, all processes ask each other or none does.
+        everywhere = all(comm.all_gather(loss_is_finite)) if self.step_skipped else True
+        if not loss_is_finite:
+            raise self._not_finite("loss", str({k: v.item() for k, v in loss_dict.items()}), data)
+        if not everywhere:
+            raise self._not_finite("loss of another process", "see that one's message", data)
         if self.step_skipped and not self.grad_scaler.is_enabled():
             raise self._not_finite("gradient", _nonfinite_gradients(self.model), data)
         # Behind the guard: this waits for all processes, and by the shared gradient either none has stopped or all have.

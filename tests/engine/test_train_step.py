@@ -73,7 +73,7 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(tmp_path: Path
     assert all(v.isfinite().all() for state in step.optimizer.state.values() for v in state.values())
 
 
-def stop_of_a_process() -> str:
+def stop_of_a_process(dtype: torch.dtype | None) -> str:
     """Train in several processes, of which the last one gets a batch that is not finite; returns the error's message."""
     data = [torch.ones(3, 4)] * 3
     if comm.get_rank() == comm.get_world_size() - 1:
@@ -81,18 +81,20 @@ def stop_of_a_process() -> str:
     model = DistributedDataParallel(Regression(lambda i: 1.0).train())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with tempfile.TemporaryDirectory() as folder:
-        step = TrainStep(model, data, optimizer, device_type="cpu", dtype=None, output_dir=folder)
+        step = TrainStep(model, data, optimizer, device_type="cpu", dtype=dtype, output_dir=folder)
+        step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=dtype is not None)
         with pytest.raises(FloatingPointError) as error:
             step.train(0, 3)
     assert all(p.isfinite().all() for p in model.parameters())
     return str(error.value)
 
 
-def test_a_loss_of_one_process_that_is_not_finite_stops_all_of_them() -> None:
-    """By the gradient that they share, and not by waiting for the one that has stopped."""
-    healthy, bad = run_in_processes(stop_of_a_process)
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=["float32", "float16"])
+def test_a_loss_of_one_process_that_is_not_finite_stops_all_of_them(dtype: torch.dtype | None) -> None:
+    """None waits for the one that has stopped; in float16 the gradient alone could have overflowed."""
+    healthy, bad = run_in_processes(stop_of_a_process, dtype)
     assert bad.startswith("The loss became infinite or NaN at iteration 1")
-    assert healthy.startswith("The gradient became infinite or NaN at iteration 1")
+    assert healthy.startswith("The loss of another process became infinite or NaN at iteration 1")
 
 
 def test_gradient_norm() -> None:
