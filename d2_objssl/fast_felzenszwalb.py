@@ -13,6 +13,8 @@ Source: P. Felzenszwalb, D. Huttenlocher, "Efficient Graph-Based Image Segmentat
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,6 +22,18 @@ from numba import njit
 
 _SMOOTHING_RADIUS = 4.0  # standard deviations, as scipy.ndimage.gaussian_filter
 _RADIX_BITS = 11  # the 32 bits of a weight are sorted in three passes
+
+
+def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile at the first call, once for all processes: beside this file or in the user's cache, if one can be written."""
+
+    def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return njit(function, cache=True, **options)
+        except RuntimeError:  # neither can be
+            return njit(function, **options)
+
+    return compile_function
 
 
 def felzenszwalb(image: np.ndarray, scale: float, sigma: float, min_size: int) -> np.ndarray:
@@ -42,7 +56,7 @@ def felzenszwalb(image: np.ndarray, scale: float, sigma: float, min_size: int) -
     return _number(parents).reshape(height, width)
 
 
-@njit(cache=True, fastmath=True)
+@_compiled(fastmath=True)
 def _weigh(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weigh the edges of every pixel to its neighbours: right, below, below right, above right.
 
@@ -67,7 +81,7 @@ def _weigh(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return weights.view(np.uint32), edges
 
 
-@njit(cache=True)
+@_compiled()
 def _sort(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sort (E,) uint32 keys and, with them, (E,) int32 values; stable, by radix; the arguments are overwritten."""
     keys_to, values_to = np.empty_like(keys), np.empty_like(values)
@@ -88,7 +102,7 @@ def _sort(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return keys, values
 
 
-@njit(cache=True, inline="always")
+@_compiled(inline="always")
 def _find(parents: np.ndarray, pixel: np.int32) -> np.int32:
     """Root of a pixel's tree; halves the path to it."""
     parent = parents[pixel]
@@ -100,7 +114,7 @@ def _find(parents: np.ndarray, pixel: np.int32) -> np.int32:
     return pixel
 
 
-@njit(cache=True)
+@_compiled()
 def _merge(
     weights: np.ndarray, edges: np.ndarray, width: int, scale: np.float32, min_size: int, num_pixels: int
 ) -> np.ndarray:
@@ -139,7 +153,7 @@ def _merge(
     return parents
 
 
-@njit(cache=True)
+@_compiled()
 def _number(parents: np.ndarray) -> np.ndarray:
     """Ids 0, 1, ... of the pixels' regions, (H W,) int32."""
     ids = np.empty_like(parents)

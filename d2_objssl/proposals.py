@@ -19,9 +19,11 @@ Nothing here draws from, or changes, the random numbers of Python, NumPy or PyTo
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from types import ModuleType
+from typing import Any
 
 import cv2
 import numpy as np
@@ -278,11 +280,9 @@ def _train_centroids(points: Tensor, num_clusters: int, iterations: int, seed: i
     parameters.max_points_per_centroid = _POINTS_PER_CENTROID
     clustering = faiss.Clustering(points.shape[1], num_clusters, parameters)
     if points.is_cuda and faiss.get_num_gpus() > 0:
-        resources = faiss.StandardGpuResources()
-        resources.setTempMemory(_GPU_SCRATCH_BYTES)
         config = faiss.GpuIndexFlatConfig()
         config.device = points.device.index
-        index = faiss.GpuIndexFlatIP(resources, points.shape[1], config)
+        index = faiss.GpuIndexFlatIP(_gpu_resources(), points.shape[1], config)
     else:
         index = faiss.IndexFlatIP(points.shape[1])
     num_threads = faiss.omp_get_max_threads()
@@ -293,6 +293,15 @@ def _train_centroids(points: Tensor, num_clusters: int, iterations: int, seed: i
         faiss.omp_set_num_threads(num_threads)
     centroids = faiss.vector_to_array(clustering.centroids).reshape(num_clusters, -1)
     return F.normalize(torch.from_numpy(centroids).to(points.device), dim=1)
+
+
+@functools.cache
+def _gpu_resources() -> Any:
+    """FAISS' streams and scratch memory on the GPUs of this process, which take long to set up."""
+    resources = _import_faiss().StandardGpuResources()
+    resources.setTempMemory(_GPU_SCRATCH_BYTES)
+    resources.setPinnedMemory(0)  # 256 MB, to copy and compute at a time
+    return resources
 
 
 def _import_faiss() -> ModuleType:

@@ -1,5 +1,9 @@
 """fast_felzenszwalb.py: the regions of scikit-image, on generated pictures and on photographs."""
 
+import os
+import subprocess
+import sys
+
 import cv2
 import numpy as np
 import pytest
@@ -53,3 +57,15 @@ def test_photographs(test_data):
         image = read_rgb_image(str(path))
         ours = fast.felzenszwalb(image, scale=1000, sigma=0.8, min_size=1000)
         np.testing.assert_array_equal(ours, reference(image, scale=1000, sigma=0.8, min_size=1000))
+
+
+def test_compiles_where_nothing_can_be_cached():
+    """As in a container whose packages and home are read-only: of numba's places for a cache only an unset one is left."""
+    places = "numba.core.caching.UserProvidedCacheLocator"
+    environment = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": places, "NUMBA_CACHE_DIR": ""}
+    command = "import numpy, d2_objssl.fast_felzenszwalb as f;"
+    command += "print(f.felzenszwalb(numpy.zeros((3, 4, 3), 'uint8'), 1, 0.8, 0).max())"
+    done = subprocess.run(
+        [sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=240, cwd=os.getcwd()
+    )
+    assert done.returncode == 0 and done.stdout == "0\n", done.stderr

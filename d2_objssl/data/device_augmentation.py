@@ -159,8 +159,8 @@ def _adjust_hue(images: Tensor, shifts: Tensor) -> Tensor:
 
 
 def _to_grayscale(images: Tensor) -> Tensor:
-    weights = images.new_tensor(_LUMA).view(1, 3, 1, 1)
-    return (images * weights).sum(dim=1, keepdim=True).round_().expand(-1, 3, -1, -1)
+    red, green, blue = (weight * channel for weight, channel in zip(_LUMA, images.split(1, dim=1), strict=True))
+    return (red + green + blue).round_().expand(-1, 3, -1, -1)
 
 
 def _blur(images: Tensor, sigmas: Tensor) -> Tensor:

@@ -118,10 +118,10 @@ class TrainStep(SimpleTrainer):
             raise self._not_finite("loss of another process", "see that one's message", data)
         if self.step_skipped and not self.grad_scaler.is_enabled():
             raise self._not_finite("gradient", _nonfinite_gradients(self.model), data)
-        # Behind the guard: this waits for all processes, and by the shared gradient either none has stopped or all have.
-        self._write_metrics(loss_dict, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+        # Waits for all processes: behind the guard, by which either none has stopped or all have, and while GPUs are busy.
+        self._write_metrics(loss_dict, data_time)
         if self.step_skipped:
             self._check_scale(data)
 

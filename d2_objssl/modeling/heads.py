@@ -46,6 +46,9 @@ def _normalize_rows(norm: nn.Module, x: Tensor) -> Tensor:
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
     if isinstance(norm, NaiveSyncBatchNorm):
         return norm(x[:, :, None, None]).flatten(1)
+    if len(x) == 0:
+        # PyTorch's SyncBatchNorm sends zeros of this data type, and float32 statistics where there are rows.
+        x = x.float()
     return norm(x)
 
 

@@ -52,10 +52,21 @@ def assert_equals_oracle(
         assert values[i + 1].flatten().tolist() == pytest.approx(expected, rel=1e-12, abs=1e-14), (name, i)
 
 
-def test_lars_equals_oracle() -> None:
+class ForeachLARS(LARS):
+    """Goes the way of GPUs."""
+
+    def _is_aligned(self, param: torch.Tensor) -> bool:
+        return False
+
+    def _fused_step(self, params: list[torch.Tensor], group: dict) -> None:
+        assert not params
+
+
+@pytest.mark.parametrize("kind", [LARS, ForeachLARS])
+def test_lars_equals_oracle(kind: type[LARS]) -> None:
     parameters, gradients = make_parameters(), make_gradients(5)
     history = {k: [p.detach().clone()] for k, p in parameters.items()}
-    optimizer = LARS(parameters.values(), **SETTINGS)
+    optimizer = kind(parameters.values(), **SETTINGS)
     for i in range(5):
         step(optimizer, parameters, gradients, i)
         for name, parameter in parameters.items():
@@ -96,12 +107,13 @@ def test_lars_keeps_channels_last() -> None:
     torch.testing.assert_close(results[2], results[0])
 
 
-def test_lars_groups_have_their_own_settings() -> None:
+@pytest.mark.parametrize("kind", [LARS, ForeachLARS])
+def test_lars_groups_have_their_own_settings(kind: type[LARS]) -> None:
     parameters, gradients = make_parameters(), make_gradients(3)
     first, second = ("bias", "matrix"), ("kernel", "zero", "no_gradient")
     other = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.0, "trust_coefficient": 0.5}
     groups = [{"params": [parameters[k] for k in first]}, {"params": [parameters[k] for k in second], **other}]
-    optimizer = LARS(groups, **SETTINGS)
+    optimizer = kind(groups, **SETTINGS)
     history = {k: [parameters[k].detach().clone()] for k in (*first, *second)}
     for i in range(3):
         step(optimizer, {k: parameters[k] for k in (*first, *second)}, gradients, i)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 from torch import nn
 
 from d2_objssl.modeling.heads import MLP
@@ -84,6 +85,18 @@ def test_fewer_than_two_rows(norm: str, rows: int) -> None:
         assert torch.equal(buffer, before[name]), name
     mlp.eval()
     torch.testing.assert_close(mlp(x), out)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_sync_bn_shares_one_data_type(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gathers float32 statistics of bfloat16 rows; what it gathers where there are none has the data type of these."""
+    mlp, seen = make("SyncBN"), []
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    for norm in (mlp.layers.norm1, mlp.layers.norm2):
+        monkeypatch.setattr(norm, "forward", lambda x: seen.append(x.dtype) or x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mlp(torch.zeros(rows, 6)).dtype is torch.bfloat16
+    assert seen == [torch.float32 if rows == 0 else torch.bfloat16] * 2
 
 
 def test_initialisation() -> None:
