@@ -72,7 +72,7 @@ def measure_training(method: str, *, colours: str, workspace: Workspace, setting
         opts = ["INPUT.SSL.AUGMENT_DEVICE", colours, "DATALOADER.NUM_WORKERS", str(num_workers)]
         opts += ["SOLVER.IMS_PER_BATCH", str(batch_size), *PRECISIONS["bfloat16"], *workspace.data_opts(method)]
         opts += ["SOLVER.MAX_EPOCHS", "0.0", "SOLVER.WARMUP_EPOCHS", "0.0", "SOLVER.WARMUP_ITERS", "1"]
-        opts += ["SOLVER.MAX_ITER", str(warmup + num_timed), "SOLVER.STEPS", "()", "OUTPUT_DIR", output_dir]
+        opts += ["SOLVER.MAX_ITER", str(warmup + num_timed + 1), "SOLVER.STEPS", "()", "OUTPUT_DIR", output_dir]
         opts += ["SOLVER.CHECKPOINT_EPOCHS", "0.0", "SOLVER.CHECKPOINT_PERIOD", "1000000"]
         opts += ["MODEL.SSL.CYBORGS.WARMUP_EPOCHS", "0.0"]
         cfg = settings.load_cfg(method, *opts)
@@ -81,8 +81,9 @@ def measure_training(method: str, *, colours: str, workspace: Workspace, setting
             stopwatch = Stopwatch(settings.device)
             trainer.register_hooks([stopwatch])
             trainer.train()
-        seconds = stopwatch.seconds(skip=warmup)
-    waits = [value for value, iteration in trainer.storage.history("data_time").values() if iteration >= warmup]
+        seconds = stopwatch.seconds(skip=warmup)[:-1]  # a checkpoint follows the last step
+    history = trainer.storage.history("data_time").values()
+    waits = [value for value, iteration in history if warmup <= iteration < warmup + num_timed]
     rate = batch_size * len(seconds) / sum(seconds)
     return {
         "num_workers": num_workers,

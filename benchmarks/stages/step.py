@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> Measurement:
     rows = [Row(f"{name}, {k}", seconds["plain"], seconds[k], unit="s", goal=goal) for k, goal in goals.items()]
     del contestants
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        peaks = {k: pool.submit(peak_of_process, k, batch_size, args.seed).result() for k in ("plain", "bfloat16")}
+        measure = partial(pool.submit, peak_of_process, batch_size=batch_size, seed=args.seed, threads=args.threads)
+        peaks = {k: measure(k).result() for k in ("plain", "bfloat16")}
     goal = 1.33 if batch_size >= 8 else None  # weights, and what is computed in float32, do not shrink
     rows.append(Row(f"{name}, bfloat16, peak", peaks["plain"], peaks["bfloat16"], unit="MB of a process", goal=goal))
     details = {"batch_size": batch_size, "threads": args.threads, "seconds": runs, "losses": losses, "peak_mb": peaks}
@@ -66,9 +67,10 @@ def build_step(name: str, seed: int) -> OwnStep:
     return OwnStep(seed, dtype=torch.bfloat16 if name == "bfloat16" else None)
 
 
-def peak_of_process(name: str, batch_size: int, seed: int) -> float:
+def peak_of_process(name: str, batch_size: int, seed: int, threads: int) -> float:
     """Resident memory of this process at its peak, libraries included, behind two steps of a contestant, MB."""
     use_one_thread()
+    torch.set_num_threads(threads)
     step, batch = build_step(name, seed), make_batch(batch_size, seed)
     for _ in range(2):
         step(batch)

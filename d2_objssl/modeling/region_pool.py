@@ -128,7 +128,7 @@ def sample_regions(weights: Tensor, num_regions: int, replacement: bool = True) 
     empty = ~present.any(dim=1)
     present = torch.cat([present, empty[:, None]], dim=1)
     if replacement:
-        ids = torch.multinomial(present.float(), num_regions, replacement=True)
+        ids = _multinomial(present.float(), num_regions)
     else:
         order = (torch.rand(n, k + 1, device=weights.device) + present).argsort(dim=1, descending=True)
         turns = torch.arange(num_regions, device=weights.device) % present.sum(dim=1, keepdim=True)
@@ -144,9 +144,23 @@ def sample_cells(regions: Regions) -> Regions:
     Source: DetCon section 4.4, local features sampled from within each mask.
     """
     flat = regions.weights.flatten(2)
-    cells = torch.multinomial(flat.flatten(0, 1), 1).view(*flat.shape[:2], 1)
+    cells = _multinomial(flat.flatten(0, 1), 1).view(*flat.shape[:2], 1)
     weights = torch.zeros_like(flat).scatter_(2, cells, 1.0).view_as(regions.weights)
     return Regions(ids=regions.ids, weights=weights)
+
+
+def _multinomial(weights: Tensor, num_samples: int) -> Tensor:
+    """`torch.multinomial` with replacement, which for a single draw would check the weights on the CPU.
+
+    Args:
+        weights: (n, K), not negative, of a positive sum.
+
+    Returns:
+        (n, num_samples) indices, the same as of `torch.multinomial`.
+    """
+    if num_samples == 1:
+        return (weights / torch.empty_like(weights).exponential_()).argmax(dim=1, keepdim=True)
+    return torch.multinomial(weights, num_samples, replacement=True)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ logger = logging.getLogger(__name__)
 
 # Logit of what is left out. The softmax of it is exactly 0, and other than of -inf that of nothing else is no NaN.
 _LEFT_OUT = -1e9
-# Logits that are held at once, 512 MB in float32; beyond it they are computed block by block, and anew in the backward.
+# Logits of a matrix that is held for the backward pass, 512 MB in float32; a loss has four. Larger ones are computed anew
+# there, in blocks of a quarter, of which a few live at a time.
 _MAX_LOGITS = 2**27
 
 
@@ -158,9 +159,10 @@ def _log_sum_exp(queries: Tensor, keys: Tensor, left_out: Tensor, rank_offset: i
         (N, M).
     """
     n, m = queries.shape[:2]
-    size = max(_MAX_LOGITS // (m * keys.shape[0] * keys.shape[1]), 1)
-    if size >= n:
+    logits_of_image = m * keys.shape[0] * keys.shape[1]
+    if n * logits_of_image <= _MAX_LOGITS:
         return _log_sum_exp_of_block(queries, keys, left_out, rank_offset)
+    size = max(_MAX_LOGITS // 4 // logits_of_image, 1)
     blocks = [
         checkpoint(
             _log_sum_exp_of_block,
