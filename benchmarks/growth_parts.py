@@ -9,8 +9,10 @@ Each returns plain types for the record: "setting", text, and "points", one dict
 from __future__ import annotations
 
 import math
+import multiprocessing
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +21,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from growth_pieces import time_pieces
 from growth_processes import Processes, count_traffic, wall_seconds
-from growth_steps import Heads, Step, measure, peak_mb, step_batch, step_cfg, top_operators
+from growth_steps import Heads, Step, measure, peak_mb, peak_of_process, step_batch, step_cfg, top_operators
 from stages.timing import repeat_in_turns
 
 _LOCAL_BN = [f"MODEL.{node}.NORM" for node in ("RESNETS", "SSL.PROJECTOR", "SSL.PREDICTOR")]
@@ -58,14 +60,18 @@ class Sizes:
 def grow_batch(sizes: Sizes) -> dict[str, Any]:
     """Steps of SlotCon over the batch size, in both precisions, with and without checkpointed activations."""
     kinds = [(amp, checkpointing) for checkpointing in (False, True) for amp in (True, False)]
-    steps = {}
+    cfgs = {}
     for amp, checkpointing in kinds:
         opts = ["SOLVER.AMP.ENABLED", amp, "MODEL.SSL.CHECKPOINT_ACTIVATIONS", checkpointing]
-        steps[amp, checkpointing] = Step(sizes.cfg("SlotCon", sizes.small_side, *opts), sizes.seed)
+        cfgs[amp, checkpointing] = sizes.cfg("SlotCon", sizes.small_side, *opts)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        calls = {(k, n): (peak_of_process, c, n, sizes.seed) for k, c in cfgs.items() for n in sizes.batch_sizes}
+        peaks = {key: pool.submit(*call).result() for key, call in calls.items()}
+    steps = {kind: Step(cfg, sizes.seed) for kind, cfg in cfgs.items()}
     cfg = steps[True, False].cfg
     batches = {n: step_batch(cfg, n, sizes.seed) for n in sizes.batch_sizes}
     contestants = {(kind, n): (step, batch) for kind, step in steps.items() for n, batch in batches.items()}
-    figures = measure(contestants, sizes.repeats, sizes.seed)
+    figures = measure(contestants, sizes.repeats, sizes.seed, peaks)
     points, lines = [], []
     for amp, checkpointing in kinds:
         kind = {"precision": "bfloat16" if amp else "float32", "checkpointing": checkpointing}

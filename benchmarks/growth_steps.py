@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from stages.plain_updates import teacher_hook
 from stages.step import make_batch
-from stages.timing import peak_memory, repeat_in_turns
+from stages.timing import peak_memory, repeat_in_turns, use_one_thread
 from torch import Tensor, nn
 
 from d2_objssl.data import SSLBatch
@@ -151,13 +152,22 @@ def peak_mb(work: Work, batch: SSLBatch) -> float:
     return peak_memory(partial(work, batch))
 
 
-def measure(contestants: Mapping[Any, tuple[Work, SSLBatch]], repeats: int, seed: int) -> dict[Any, dict[str, Any]]:
-    """Memory of each, then time, taking turns.
+def peak_of_process(cfg: CfgNode, num_images: int, seed: int) -> float:
+    """`peak_mb` of a step in this process, which does nothing else: what others left in the allocator would hide some."""
+    use_one_thread()
+    logging.getLogger("d2_objssl").setLevel(logging.ERROR)
+    return peak_mb(Step(cfg, seed), step_batch(cfg, num_images, seed))
+
+
+def measure(
+    contestants: Mapping[Any, tuple[Work, SSLBatch]], repeats: int, seed: int, peaks: Mapping[Any, float] | None = None
+) -> dict[Any, dict[str, Any]]:
+    """Memory of each, unless `peaks` has it already, MB; then time, taking turns.
 
     Returns:
         For each contestant cpu_s (median), cpu_s_runs, ms_per_image, peak_mb.
     """
-    peaks = {key: peak_mb(*contestant) for key, contestant in contestants.items()}
+    peaks = peaks or {key: peak_mb(*contestant) for key, contestant in contestants.items()}
     turns: dict[Any, Callable[[], float]] = {key: partial(cpu_seconds, *c) for key, c in contestants.items()}
     runs: dict[Any, list[float]] = repeat_in_turns(turns, repeats, seed)
     figures = {}
