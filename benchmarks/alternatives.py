@@ -33,8 +33,6 @@ from stages.data import (
     GRAYSCALE_PROB,
     HUE,
     JITTER_PROB,
-    PIXEL_MEAN,
-    PIXEL_STD,
     SATURATION,
     OwnViews,
     make_photographs,
@@ -55,17 +53,16 @@ from d2_objssl.proposals import felzenszwalb_regions
 
 
 class TorchvisionV2Views:
-    """Views by torchvision's transforms.v2 on uint8 tensors, with its own JPEG decoder."""
+    """Views by torchvision's transforms.v2, uint8 to the end, with its own JPEG decoder."""
 
     def __init__(self) -> None:
         crop = v2.RandomResizedCrop(CROP_SIZE, CROP_SCALE, CROP_RATIO, v2.InterpolationMode.BICUBIC, antialias=True)
         jitter = v2.ColorJitter(BRIGHTNESS, CONTRAST, SATURATION, HUE)
         colors = [v2.RandomApply([jitter], JITTER_PROB), v2.RandomGrayscale(GRAYSCALE_PROB)]
         blur = v2.GaussianBlur(23, BLUR_SIGMA)
-        normalize = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(PIXEL_MEAN, PIXEL_STD)]
-        first = [crop, v2.RandomHorizontalFlip(), *colors, blur, *normalize]
+        first = [crop, v2.RandomHorizontalFlip(), *colors, blur]
         solarize = v2.RandomSolarize(128, 0.2)
-        second = [crop, v2.RandomHorizontalFlip(), *colors, v2.RandomApply([blur], 0.1), solarize, *normalize]
+        second = [crop, v2.RandomHorizontalFlip(), *colors, v2.RandomApply([blur], 0.1), solarize]
         self.views = v2.Compose(first), v2.Compose(second)
 
     def stages(self) -> list[Stage]:

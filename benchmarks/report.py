@@ -6,7 +6,8 @@ Reads records of evaluations (d2_objssl/evaluation/results.py): the JSON files o
 the table as they are, to the end of their schedules and on complete data; see `result_tables.fits`. Several seeds give
 their mean, its standard error and their number; cells of which nothing was run stay empty.
 
-Writes NAME.md and NAME.png for every table, small_runs.md and .png of the records of `transfer.py`, and README.md, a list.
+Writes NAME.md and NAME.png for every table, small_runs.md and .png of the records of `transfer.py` if there are any, and
+README.md, a list of all tables in the folder, also of those that an earlier call has made.
 
 Example:
     python benchmarks/report.py --records benchmarks/results output/tables --output benchmarks/tables
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,15 +30,21 @@ from table_drawing import draw_table
 from tabulate import tabulate
 
 RESULTS = Path(__file__).resolve().parent / "results"
+SMALL_RUNS = "Small runs: an equal, short schedule from several initialisations (mean ± standard error of the seeds)"
+_PAPERS = sorted(path.stem for path in PAPER_TABLES.glob("*.yaml"))
+
+logger = logging.getLogger(__name__)
 
 
 def load_records(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Records of evaluations in FOLDER/*.json and FOLDER/**/records/*.json, one for each checkpoint and data set.
+    """Records of evaluations in FOLDER/*.json and FOLDER/**/records/*.json.
+
+    What only looks like one, without all fields, is left out, with a warning.
 
     Raises:
         ValueError: if there is no such folder, or a file is no JSON.
     """
-    records: dict[tuple[str, ...], dict[str, Any]] = {}
+    records = []
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"--records {folder} is no folder")
@@ -44,10 +53,13 @@ def load_records(folders: Sequence[Path]) -> list[dict[str, Any]]:
                 record = json.loads(path.read_text())
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path} is no JSON: {error}") from error
-            if "metrics" in record and "dataset" in record:
-                evaluated = record.get("checkpoint") or record["weights"] or {"sha256": str(path)}
-                records[record["task"], record["dataset"], evaluated["sha256"]] = record
-    return list(records.values())
+            if not isinstance(record, dict) or not {"metrics", "dataset"} <= record.keys():
+                continue  # of something else than an evaluation
+            if missing := [field for field in ("task", "weights", "config") if field not in record]:
+                logger.warning("%s fills no cell: the record has no %s", path, ", ".join(missing))
+                continue
+            records.append(record)
+    return records
 
 
 def table_rows(table: Table, records: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, str]], list[list[str]]]:
@@ -81,11 +93,11 @@ def _our_cell(table: Table, row: str, column: Column, paper: str | None, records
 
 
 def markdown(table: Table, headers: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> str:
-    """The table in Markdown, with its title and source."""
+    """The table in Markdown, with its title, source and note."""
     names = [f"{name} ({kind})" if kind else name for name, kind in headers]
     text = tabulate(rows, names, tablefmt="pipe", disable_numparse=True, colalign=["left"] * len(names))
     parts = [f"# {table.title}", f"Paper: {table.source}. {filled_cells(table, headers, rows)}" if table.source else ""]
-    return "\n\n".join([*filter(None, parts), text]) + "\n"
+    return "\n\n".join(filter(None, [*parts, text, table.note])) + "\n"
 
 
 def filled_cells(table: Table, headers: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> str:
@@ -112,6 +124,20 @@ def small_runs(folders: Sequence[Path]) -> tuple[list[tuple[str, str]], list[lis
     return [("task", ""), ("initialisation", ""), ("seeds", ""), ("result", "ours")], rows
 
 
+def index(folder: Path) -> tuple[str, int]:
+    """The list, in Markdown, of all tables in a folder, whichever call has rendered them; and their number."""
+    listed = []
+    for name in _PAPERS:
+        if (path := folder / f"{name}.md").exists():
+            table = load_table(name)
+            filled = re.search(r"Ours: .* are filled\.", path.read_text())
+            listed.append([f"[{name}]({name}.md)", table.title, table.source, filled[0] if filled else ""])
+    if (folder / "small_runs.md").exists():
+        listed.append(["[small_runs](small_runs.md)", SMALL_RUNS, "", ""])
+    text = tabulate(listed, ["table", "title", "source", "filled"], tablefmt="pipe", disable_numparse=True)
+    return f"# Tables\n\nMade by `python benchmarks/report.py`.\n\n{text}\n", len(listed)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Render all tables; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,9 +145,8 @@ def main(argv: list[str] | None = None) -> int:
         "--records", type=Path, nargs="+", default=[RESULTS], metavar="DIR", help="default: benchmarks/results"
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/tables"), metavar="DIR")
-    names = sorted(path.stem for path in PAPER_TABLES.glob("*.yaml"))
     parser.add_argument(
-        "--tables", nargs="+", choices=names, default=names, metavar="NAME", help="default: all papers'"
+        "--tables", nargs="+", choices=_PAPERS, default=_PAPERS, metavar="NAME", help="default: all papers'"
     )
     args = parser.parse_args(argv)
     try:
@@ -130,22 +155,20 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     print(f"{len(records)} records")
     args.output.mkdir(parents=True, exist_ok=True)
-    index = []
     for name in args.tables:
         table = load_table(name)
         headers, rows = table_rows(table, records)
         (args.output / f"{name}.md").write_text(markdown(table, headers, rows))
-        draw_table(args.output / f"{name}.png", f"{table.title}\n{table.source}", headers, rows)
-        index.append([f"[{name}]({name}.md)", table.title, table.source, filled_cells(table, headers, rows)])
+        draw_table(args.output / f"{name}.png", f"{table.title}\n{table.source}", headers, rows, note=table.note)
     headers, rows = small_runs(args.records)
-    title = "Small runs: an equal, short schedule from several initialisations (mean ± standard error of the seeds)"
-    small = tabulate(rows, [name for name, _ in headers], tablefmt="pipe", disable_numparse=True)
-    (args.output / "small_runs.md").write_text(f"# {title}\n\n{small}\n")
-    draw_table(args.output / "small_runs.png", title, headers, rows)
-    index.append(["[small_runs](small_runs.md)", title, "", ""])
-    listed = tabulate(index, ["table", "title", "source", "filled"], tablefmt="pipe", disable_numparse=True)
-    (args.output / "README.md").write_text(f"# Tables\n\nMade by `python benchmarks/report.py`.\n\n{listed}\n")
-    print(f"Written: {args.output}/README.md and {len(index)} tables, each .md and .png")
+    if rows:  # else what an earlier call has made of other records stays
+        small = tabulate(rows, [name for name, _ in headers], tablefmt="pipe", disable_numparse=True)
+        (args.output / "small_runs.md").write_text(f"# {SMALL_RUNS}\n\n{small}\n")
+        draw_table(args.output / "small_runs.png", SMALL_RUNS, headers, rows)
+    text, num_tables = index(args.output)
+    (args.output / "README.md").write_text(text)
+    num_written = len(args.tables) + bool(rows)
+    print(f"Written: {num_written} tables, each .md and .png, and {args.output}/README.md, which lists {num_tables}")
     return 0
 
 

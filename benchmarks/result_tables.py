@@ -3,10 +3,12 @@
 A table of a paper is a file `paper_tables/NAME.yaml`:
 
     title, source      source: paper and table
+    note               optional: what else must be known, e.g. why cells cannot be run; it stands under the table
     labels             names of the columns that say what a row is
     evaluations        name -> dataset (catalog name) and config, a file of configs/finetune, with opts, KEY VALUE overrides;
-                       or, instead of config, command: a subcommand of tools/evaluate.py with its options. Without either
-                       (config: null), cells cannot be run
+                       or, instead of config, command: a subcommand of tools/evaluate.py with its options, {datasets} in
+                       them for the folder of the data sets; with checkpoint: true it reads the checkpoint of pretraining
+                       itself, not the converted backbone. Without either (config: null), cells cannot be run
     columns            name, evaluation and metric, as records name it
     rows               key -> labels; paper: its numbers, as printed, null where it has none; start: what is fine-tuned
                        (absent: a method that is not here); configs: evaluation -> config, where rows have different ones
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +62,7 @@ class Job:
         command: subcommand of tools/evaluate.py and its options.
         pretraining: None: fine-tuning starts from `weights`.
         weights: name of the file that pretraining, or else fine-tuning, starts from; "": random initialisation.
+        reads_checkpoint: whether `command` reads the checkpoint of pretraining, else the converted backbone.
     """
 
     evaluation: str
@@ -67,6 +71,7 @@ class Job:
     command: tuple[str, ...]
     pretraining: Training | None
     weights: str
+    reads_checkpoint: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,14 +102,15 @@ class Table:
     labels: tuple[str, ...]
     columns: tuple[Column, ...]
     rows: Mapping[str, Row]
+    note: str = ""
 
     def values(self, row: str, column: Column, records: Iterable[Mapping[str, Any]]) -> list[float]:
-        """The metric of all records that belong into a cell, one a run."""
+        """The metric of all records that belong into a cell, one for each model that was evaluated: the last."""
         job = self.rows[row].jobs.get(column.evaluation)
         if job is None:
             return []
-        found = (r["metrics"].get(column.metric) for r in records if fits(r, job))
-        return [value for value in found if value is not None]
+        found = {_evaluated(r): r["metrics"].get(column.metric) for r in records if fits(r, job)}
+        return [value for value in found.values() if value is not None]
 
 
 def table_names() -> list[str]:
@@ -135,14 +141,15 @@ def load_table(name: str, folder: Path = PAPER_TABLES) -> Table:
             )
         jobs = {name: _read_job(name, e, row) for name, e in content["evaluations"].items()}
         rows[key] = Row(tuple(row["labels"]), paper, {name: job for name, job in jobs.items() if job is not None})
-    return Table(name, content["title"], content["source"], tuple(content["labels"]), columns, rows)
+    note = content.get("note", "")
+    return Table(name, content["title"], content["source"], tuple(content["labels"]), columns, rows, note)
 
 
 def _read_job(name: str, evaluation: Mapping[str, Any], row: Mapping[str, Any]) -> Job | None:
     """The job of an evaluation for a row of a file; None if it cannot be run."""
     start = row.get("start")
     config = row.get("configs", {}).get(name, evaluation.get("config", "null"))
-    command = tuple(evaluation.get("command", ()))
+    command = tuple(word.replace("{datasets}", _datasets_root()) for word in evaluation.get("command", ()))
     if start is None or (config == "null" and not command):
         return None
     finetuning = None if command else Training(config, tuple(evaluation.get("opts", ())))
@@ -154,7 +161,14 @@ def _read_job(name: str, evaluation: Mapping[str, Any], row: Mapping[str, Any]) 
             return None
         pretrain = pretrain[name]
     pretraining = Training(pretrain, tuple(start.get("opts", ()))) if pretrain else None
-    return Job(name, evaluation["dataset"], finetuning, command, pretraining, start.get("weights", ""))
+    reads_checkpoint = evaluation.get("checkpoint") == "true"
+    weights = start.get("weights", "")
+    return Job(name, evaluation["dataset"], finetuning, command, pretraining, weights, reads_checkpoint)
+
+
+def _datasets_root() -> str:
+    """The folder of the data sets, as Detectron2 reads it."""
+    return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
 
 
 def _small_table(name: str) -> Table:
@@ -174,14 +188,20 @@ def fits(record: Mapping[str, Any], job: Job) -> bool:
     """Whether a record is of this job: of its data, with its configs as they are, to the end of their schedules."""
     if record["dataset"] != job.dataset or not _starts_as(record["weights"], job.pretraining, job.weights):
         return False
-    config = record.get("config") or {}
     if job.finetuning is None:
-        return (
-            config.get("sha256") == _command_hash(job.command) and f"evaluate.py {job.command[0]} " in record["command"]
-        )
-    complete = expected_size(MetadataCatalog.get(job.dataset)) in (None, record["num_images"])
-    is_unchanged = config.get("sha256") == _config_hash(job.finetuning)
-    return complete and is_unchanged and _was_trained(record["checkpoint"], job.finetuning)
+        return COMMANDS[job.command[0]].is_record_of(_command_args(job.command), record)
+    checkpoint = record.get("checkpoint")
+    if checkpoint is None:  # a record of tools/evaluate.py, which fine-tunes nothing
+        return False
+    is_complete = expected_size(MetadataCatalog.get(job.dataset)) in (None, record.get("num_images"))
+    is_unchanged = record["config"]["sha256"] == _config_hash(job.finetuning)
+    return is_complete and is_unchanged and _was_trained(checkpoint, job.finetuning)
+
+
+def _evaluated(record: Mapping[str, Any]) -> str:
+    """What model a record is of: the hash of its file; the seed of a random initialisation."""
+    model = record.get("checkpoint") or record["weights"]
+    return model["sha256"] if model else f"seed {record.get('seed')}"
 
 
 def _starts_as(weights: Mapping[str, Any] | None, pretraining: Training | None, start: str) -> bool:
@@ -217,10 +237,8 @@ def _config_hash(training: Training) -> str:
 
 
 @functools.cache
-def _command_hash(command: Sequence[str]) -> str:
-    """Hash of the config that a subcommand of tools/evaluate.py makes of its options."""
-    module = COMMANDS[command[0]]
+def _command_args(command: Sequence[str]) -> argparse.Namespace:
+    """The options of a subcommand of tools/evaluate.py."""
     parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    args = parser.parse_args([*command[1:], "--weights", ""])
-    return config_identity(module.build_cfg(args))["sha256"]
+    COMMANDS[command[0]].add_arguments(parser)
+    return parser.parse_args([*command[1:], "--weights", ""])

@@ -11,13 +11,14 @@ Tables: the papers' (benchmarks/paper_tables) and the small ones of transfer.py 
 Example:
     python benchmarks/run_table.py --table slotcon_table2 --rows random slotcon --num-gpus 8 --output output/tables --dry-run
     python benchmarks/run_table.py --table scenes --rows random slotcon --seeds 0 1 --output output/tables
-    python benchmarks/report.py --records output/tables --output benchmarks/tables
+    python benchmarks/report.py --records benchmarks/results output/tables --output benchmarks/tables
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import os
 import shlex
 import sys
@@ -31,6 +32,7 @@ from result_tables import Job, Table, Training, load_config, load_table, table_n
 from runs import EVALUATE, Run, conversion, execute, training
 
 from d2_objssl.data.known_sizes import check_datasets
+from d2_objssl.evaluation.build import check_evaluators
 
 
 @dataclass
@@ -42,28 +44,37 @@ class Plan:
         trainings: what the steps train, whose data must be there.
         datasets: what else must be there, by catalog name.
         files: weights from elsewhere that they need.
+        lists: of images, text files from elsewhere that they need.
     """
 
     steps: dict[Path, Run] = field(default_factory=dict)
     trainings: dict[Training, None] = field(default_factory=dict)
     datasets: dict[str, None] = field(default_factory=dict)
     files: dict[Path, None] = field(default_factory=dict)
+    lists: dict[Path, None] = field(default_factory=dict)
 
     def add(self, step: Run) -> Run:
         """Plan a step, unless it is planned already; returns the planned one."""
         return self.steps.setdefault(step.output, step)
 
     def missing(self) -> list[str]:
-        """What is not there: data sets and files of weights."""
+        """What is not there: data sets, files of weights, lists of images, packages of evaluations."""
         problems = {
             f"there is no file {path} of weights (see --weights-dir)": None for path in self.files if not path.is_file()
         }
+        problems |= {f"there is no list {path} of images": None for path in self.lists if not path.is_file()}
         names = dict.fromkeys((name, "a column") for name in self.datasets)
         for planned in self.trainings:
             cfg, regions = load_config(planned), load_config(planned).INPUT.REGIONS
             names |= dict.fromkeys((name, f"DATASETS.{key}") for key in ("TRAIN", "TEST") for name in cfg.DATASETS[key])
             if regions.SOURCE == "file" and not os.path.isdir(regions.ROOT):
                 problems[f"INPUT.REGIONS.ROOT of {planned.config} is {regions.ROOT}, which is no folder"] = None
+            try:
+                check_evaluators(cfg)
+            except (ValueError, ImportError) as error:
+                problems[str(error)] = None
+        if any(step.arguments[1] == "svm" for step in self.steps.values()) and not importlib.util.find_spec("sklearn"):
+            problems['the evaluation "svm" needs scikit-learn: pip install "d2_objssl[probes]"'] = None
         for name, key in names:
             try:
                 check_datasets([name], key)
@@ -92,14 +103,18 @@ def _plan_job(plan: Plan, job: Job, seed: int, args: argparse.Namespace) -> None
     if job.pretraining is not None:
         setting = Training(job.pretraining.config, (*job.pretraining.opts, *args.pretrain_opts))
         run = _plan_training(plan, "pretrain", setting, weights, origin, seed, args)
-        convert, weights = conversion(run)
-        plan.add(convert)
+        if job.reads_checkpoint:
+            weights = run.output / "model_final.pth"
+        else:
+            convert, weights = conversion(run)
+            plan.add(convert)
         origin = run.output.name.removeprefix("pretrain_").removesuffix(f"_seed{seed}")
     if job.finetuning is not None:
         setting = Training(job.finetuning.config, (*job.finetuning.opts, *args.finetune_opts))
         _plan_training(plan, "finetune", setting, weights, origin, seed, args)
     else:
         plan.datasets |= dict.fromkeys(word for word in job.command if word in DatasetCatalog)
+        plan.lists |= dict.fromkeys(Path(word) for word in job.command if word.endswith(".txt"))
         output = args.output / f"{job.command[0]}_{job.dataset}_from_{origin}_seed{seed}"
         options = ["--weights", str(weights or "random"), "--output", str(output / "records" / f"{job.dataset}.json")]
         name = f"{job.command[0]} on {job.dataset} from {origin}, seed {seed}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,13 @@ _COLORS = {"paper": "#555555", "ours": "#0b5394", "": "black"}
 
 
 def draw_table(
-    path: Path, title: str, headers: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], dpi: int = 130
+    path: Path,
+    title: str,
+    headers: Sequence[tuple[str, str]],
+    rows: Sequence[Sequence[str]],
+    *,
+    note: str = "",
+    dpi: int = 130,
 ) -> None:
     """Draw a table to a PNG.
 
@@ -25,6 +32,7 @@ def draw_table(
         title: text above.
         headers: (name, "paper", "ours" or "") of every column; neighbours of one name share it.
         rows: the cells.
+        note: text below, which is broken into lines.
         dpi: dots per inch.
     """
     groups = [(name, len(list(group))) for name, group in itertools.groupby(headers, key=lambda h: h[0])]
@@ -32,7 +40,8 @@ def draw_table(
     left = [_MARGIN + sum(widths[:i]) for i in range(len(widths) + 1)]
     title_lines = title.count("\n") + 1
     width = max(left[-1], _MARGIN + max(map(len, title.split("\n"))) * _CHARACTER * 1.1) + _MARGIN
-    height = 2 * _MARGIN + _LINE * (len(rows) + 2.6 + title_lines)
+    note_lines = textwrap.wrap(note, int((width - 2 * _MARGIN) / (0.85 * _CHARACTER)))
+    height = 2 * _MARGIN + _LINE * (len(rows) + 2.6 + title_lines + len(note_lines))
     figure = Figure((width, height), dpi=dpi)
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -62,6 +71,8 @@ def draw_table(
             )
     rule(top + 2 * _LINE, 0.7)
     rule(top + (len(rows) + 2.1) * _LINE, 1.2)
+    for y, line in enumerate(note_lines, start=len(rows) + 3):
+        axes.text(_MARGIN, top + y * _LINE, line, fontsize=8, va="center")
     canvas.print_png(path)
 
 

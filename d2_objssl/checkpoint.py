@@ -97,8 +97,9 @@ def training_of(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Returns:
         method (MODEL.SSL.METHOD; None for fine-tuning), branch ("student", "teacher"; None for fine-tuning), config
-        (`evaluation.results.config_identity`), num_images (that it was trained on), max_iter (length of the run), iterations
-        (of them done), weights (`evaluation.results.weights_identity` of what it started from).
+        (`evaluation.results.config_identity`), seed (None: drawn) and precision ("float32", "bfloat16", "float16"), both
+        absent in older files, num_images (that it was trained on), max_iter (length of the run), iterations (of them done),
+        weights (`evaluation.results.weights_identity` of what it started from).
     """
     metadata = checkpoint.get("d2_objssl") or {}
     training = metadata.get("training")

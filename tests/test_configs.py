@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
 from d2_objssl.config import add_objssl_config
@@ -171,6 +171,7 @@ def test_slotcon_views_are_byols(config):
         ("800ep_coco_plus", ("coco_2017_train_images", "coco_2017_unlabeled_images"), 800, 256),
         ("100ep", ("imagenet_1k_train_images",), 100, 2048),
         ("200ep", ("imagenet_1k_train_images",), 200, 2048),
+        ("800ep_coco_27_prototypes", ("coco_2017_train_images",), 800, 27),
         ("800ep_bdd100k", ("bdd100k_train_images",), 800, 64),
     ],
 )
@@ -330,6 +331,20 @@ def test_the_two_heads_are_different_protocols(schedule):
     assert (fc.ROI_BOX_HEAD.NUM_CONV, fc.ROI_BOX_HEAD.NUM_FC) == (0, 2)
     assert conv.ROI_BOX_HEAD.NORM == conv.ROI_MASK_HEAD.NORM == "SyncBN"
     assert fc.ROI_BOX_HEAD.NORM == fc.ROI_MASK_HEAD.NORM == ""
+
+
+def test_camvid_protocol():
+    cfg, voc = (load(f"configs/finetune/SemSeg/fcn_R_50_{name}.yaml") for name in ("camvid", "voc2012aug_30k"))
+    assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("camvid_train_sem_seg",), ("camvid_val_sem_seg",))
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        metadata = MetadataCatalog.get(name)
+        head = cfg.MODEL.SEM_SEG_HEAD
+        assert (head.NUM_CLASSES, head.IGNORE_VALUE) == (len(metadata.stuff_classes), metadata.ignore_label)
+    same = set(voc.MODEL.SEM_SEG_HEAD) - {"NUM_CLASSES", "IGNORE_VALUE"}
+    assert all(cfg.MODEL.SEM_SEG_HEAD[key] == voc.MODEL.SEM_SEG_HEAD[key] for key in same)
+    assert (head.CONVS_DIM, head.DILATION, cfg.MODEL.RESNETS.RES5_DILATION) == (256, 6, 2)
+    assert (cfg.INPUT.SEM_SEG.CROP_SIZE, cfg.INPUT.SEM_SEG.SCALE_RANGE) == (321, (0.5, 2.0))
+    assert cfg.TEST.SEM_SEG.WINDOW == 0, "whole images"
 
 
 @pytest.mark.parametrize("config", [c for c in FINETUNE if "_swin_T_" in c])

@@ -248,6 +248,22 @@ def test_deep_resnets_of_torchvision(
     assert contract["width_per_group"] == widths["width_per_group"]
 
 
+@pytest.mark.parametrize("spelling", ["same", "dots", "link", "link to the folder"])
+def test_the_input_is_not_overwritten(
+    tool: ModuleType, tmp_path: Path, pretraining_file: Path, capsys: pytest.CaptureFixture, spelling: str
+) -> None:
+    (tmp_path / "runs").mkdir()
+    source = tmp_path / "runs" / "a.pth"
+    content = pretraining_file.read_bytes()
+    source.write_bytes(content)
+    (tmp_path / "link.pth").symlink_to(source)
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    output = {"same": "runs/a.pth", "dots": "runs/../runs/a.pth", "link": "link.pth"}.get(spelling, "link/a.pth")
+    assert tool.main([str(source), f"{tmp_path}/{output}"]) == 2
+    assert "is the file INPUT" in capsys.readouterr().err
+    assert source.read_bytes() == content and (tmp_path / "link.pth").is_symlink()
+
+
 def test_conversion_is_reversible(
     tool: ModuleType, tmp_path: Path, pretraining_file: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -47,6 +47,9 @@ def test_regions_of_scenes(tool, tmp_path, capsys):
     assert content["task"] == "regions" and content["dataset"] == "scenes_tiny_val" and content["limit"] == 3
     assert list(content["results"]) == sources
     assert {"scikit-image", "opencv"} <= content["versions"].keys()
+    assert content["metrics"]["grid:4/ABO"] == round(100 * content["results"]["grid:4"]["abo"], 3)
+    assert content["wall_time_s"] > 0 and content["num_images"] == 3
+    assert all(content[field] is None for field in ("weights", "config", "seed", "precision"))
     abo = {spec: r["abo"] for spec, r in content["results"].items()}
     assert abo["instances"] > 0.9 and abo["instances"] > abo["grid:4"] > abo["global"] > 0
     assert content["results"]["selective_search:8"]["regions_per_image"] <= 8
@@ -140,6 +143,27 @@ def test_a_data_set_without_instances_is_refused(tool, tmp_path, catalog):
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(SystemExit, match=rf'error: --dataset "images:{tmp_path}" has no instance annotations'):
         run(tool, "--dataset", f"images:{tmp_path}", "--source", "global")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["regions", "--dataset", "scenes_tiny_val", "--source", "global"],
+        ["segmentation", "--dataset", "scenes_tiny_val_sem_seg", "--weights", "none.pth"],
+        ["concepts", "--dataset", "scenes_tiny_val", "--weights", "none.pth"],
+        ["svm", "--weights", "random", "--train", "scenes_tiny_val", "--test", "scenes_tiny_val"],
+    ],
+)
+def test_what_cannot_be_written_is_found_before_anything_else(tool, tmp_path, monkeypatch, command):
+    monkeypatch.setattr(DatasetCatalog, "get", lambda name: pytest.fail("it read the data first"))
+    (tmp_path / "file").touch()
+    for output, message in ((tmp_path / "file" / "new" / "a.json", "cannot be written"), (tmp_path, "is a folder")):
+        with pytest.raises(SystemExit, match=f"error: --output {output} {message}"):
+            tool.main([*command, "--output", str(output)])
+    if command[0] != "svm":
+        with pytest.raises(SystemExit, match=r'error: --picture \S+/a\.jpg: .* does not end in "\.png"'):
+            tool.main([*command, "--output", str(tmp_path / "new" / "a.json"), "--picture", str(tmp_path / "a.jpg")])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_limit_must_be_positive(tool, capsys):

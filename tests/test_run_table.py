@@ -1,5 +1,6 @@
 """Running a table: the order of its steps, what is missing, and going on after a crash."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -86,6 +87,16 @@ def test_a_column_of_an_evaluation_command(tmp_path):
     assert "voc_2007_trainval" in " ".join(plan.missing())
 
 
+def test_an_evaluation_of_prototypes_reads_the_checkpoint_of_pretraining():
+    plan = _plan("--table", "slotcon_table5")
+    pretrain, step = plan.steps.values()  # without a conversion
+    options = dict(zip(step.arguments[2::2], step.arguments[3::2], strict=True))
+    assert step.arguments[1] == "segmentation" and options["--weights"] == str(pretrain.output / "model_final.pth")
+    image_list = Path(os.environ["DETECTRON2_DATASETS"], "coco/curated/val2017/Coco164kFull_Stuff_Coarse_7.txt")
+    assert options["--image-list"] == str(image_list) and f"there is no list {image_list} of images" in plan.missing()
+    assert any("stuffthingmaps" in problem for problem in plan.missing())
+
+
 def test_a_killed_chain_goes_on_without_repeating(tmp_path, calls, capsys):
     command = [*ROWS, "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="status -9"):
@@ -120,6 +131,22 @@ def test_missing_data_stops_it_before_the_first_step(tmp_path, calls, capsys):
     out = capsys.readouterr().out
     assert "1. [to do] finetune mask_rcnn_R_50_FPN_4conv1fc_1x_from_random" in out and "Missing:" in out
     assert not calls.exists()
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_packages_of_evaluations_are_missing_before_the_first_step(monkeypatch, is_there):
+    find_spec, packages = importlib.util.find_spec, ("sklearn", "cityscapesscripts")
+
+    def find(name, *args):
+        return (object() if is_there else None) if name in packages else find_spec(name, *args)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    for table, row, package in (
+        ("cyborgs_table1", "cyborgs", "scikit-learn"),
+        ("slotcon_table2", "random", "cityscapesscripts"),
+    ):
+        missing = " ".join(_plan("--table", table, "--rows", row).missing())
+        assert (f"needs {package}: pip install" in missing) != is_there
 
 
 def test_unknown_row():

@@ -36,6 +36,7 @@ COCO leave out mean and deviation: --config-file with PIXEL_MEAN [0.0, 0.0, 0.0]
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from d2_objssl.swin_sources import import_timm_swin
@@ -74,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(args: argparse.Namespace) -> int:
     """Convert as `args` say, and return the exit status."""
+    if os.path.exists(args.input) and os.path.exists(args.output) and os.path.samefile(args.input, args.output):
+        raise ValueError(f"OUTPUT {args.output} is the file INPUT, which would be lost: choose another name")
     conversion = read_conversion(
         args.input,
         target=args.to,

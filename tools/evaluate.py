@@ -6,8 +6,9 @@ Examples:
     python tools/evaluate.py regions --dataset coco_2017_val --limit 500 --num-workers 8 \\
         --source grid:5 felzenszwalb:1000:1000 selective_search file:region_maps/coco_val \\
         --output regions.json --picture regions.png
-    # do SlotCon's prototypes, pretrained with 27 of them, segment COCO-Stuff? (short side 320, centre crop 320)
-    python tools/evaluate.py segmentation --dataset coco_2017_val_stuff_27 --weights output/slotcon/model_final.pth \\
+    # do the prototypes of configs/pretrain/slotcon_R_50_800ep_coco_27_prototypes.yaml segment COCO-Stuff? (centre crop 320)
+    python tools/evaluate.py segmentation --dataset coco_2017_val_stuff_27 \\
+        --weights output/slotcon_27_prototypes/model_final.pth \\
         --image-list Coco164kFull_Stuff_Coarse_7.txt --output segmentation.json --picture segmentation.png
     # what do the prototypes stand for?
     python tools/evaluate.py concepts --dataset coco_2017_val_images --weights output/slotcon/model_final.pth \\

@@ -27,11 +27,12 @@ from detectron2.utils import comm
 
 from d2_objssl.checkpoint import ObjSSLCheckpointer, checkpoint_metadata
 from d2_objssl.engine import Trainer, default_setup, launch, resolve_norms, setup_cfg
+from d2_objssl.evaluation.build import check_evaluators, check_test_sets
 from d2_objssl.evaluation.evaluation_records import write_evaluation_records
 
 
 def main(args: argparse.Namespace) -> Any:
-    """Train, or with --eval-only evaluate; both leave a record of the result in OUTPUT_DIR/records."""
+    """Train, or with --eval-only evaluate; both leave records of the result in OUTPUT_DIR/records."""
     cfg = setup_cfg(args.config_file, args.opts, for_training=not args.eval_only)
     default_setup(cfg, args)
     if args.eval_only:
@@ -49,11 +50,19 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
     checkpointer = ObjSSLCheckpointer(model, cfg.OUTPUT_DIR, metadata=checkpoint_metadata(resolved))
     path = checkpointer.get_checkpoint_file() if args.resume and checkpointer.has_checkpoint() else cfg.MODEL.WEIGHTS
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, require="all")
+    check_test_sets(resolved)
+    check_evaluators(resolved)
     results = Trainer.test(resolved, model)
     if comm.is_main_process():
         seconds = round(time.monotonic() - start, 1)
         write_evaluation_records(
-            cfg, results, checkpoint=path, config_file=args.config_file, precision="float32", wall_time_s=seconds
+            cfg,
+            results,
+            checkpoint=path,
+            config_file=args.config_file,
+            precision="float32",
+            wall_time_s=seconds,
+            of_training=False,
         )
         verify_results(resolved, results)
     return results

@@ -14,18 +14,16 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, build_detection_test_loader
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from .bad_images import BadImages, StrictMapper, check_test_files, printable, why_unreadable
+from .bad_images import BadImages, StrictMapper, printable, why_unreadable
 from .collation import collate_views
 from .dataset_mapper import ObjSSLDatasetMapper
-from .datasets import register_image_folders
 from .depth_mapper import DepthDatasetMapper
-from .known_sizes import check_datasets, check_size
-from .loading import load_dataset_dicts
+from .loading import load_dataset_dicts, load_test_dicts
 from .pair_mapper import PairDatasetMapper
 from .region_maps import FileRegions
 from .sampling import ResumableBatchSampler, SampleKey
@@ -252,17 +250,10 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     """Detectron2's test loader with this package's mapper.
 
     Raises:
-        ValueError: see `known_sizes.py`.
-        OSError: naming images that are missing or empty; while it is iterated, the one that cannot be read.
+        ValueError, OSError: see `loading.load_test_dicts`; OSError while it is iterated, naming the image that cannot
+            be read.
     """
-    register_image_folders([dataset_name])
-    check_datasets([dataset_name], "DATASETS.TEST")
-    proposal_files = None
-    if cfg.MODEL.LOAD_PROPOSALS:
-        proposal_files = [cfg.DATASETS.PROPOSAL_FILES_TEST[list(cfg.DATASETS.TEST).index(dataset_name)]]
-    dicts = get_detection_dataset_dicts(dataset_name, filter_empty=False, proposal_files=proposal_files)
-    check_size(dataset_name, len(dicts), require_complete=cfg.DATASETS.REQUIRE_COMPLETE)
-    check_test_files(dicts, dataset_name)
+    dicts = load_test_dicts(cfg, dataset_name)
     mapper = StrictMapper(_build_mapper(cfg, False), dataset_name)
     loader = build_detection_test_loader(dicts, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
     loader.worker_init_fn = _init_worker

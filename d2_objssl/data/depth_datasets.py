@@ -23,6 +23,8 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from .image_reading import missing_files
+
 _KITTI_SCALE = 256  # values a metre
 _NYU_SCALE = 1000
 
@@ -82,8 +84,7 @@ def load_cityscapes_depths(image_root: str, disparity_root: str, camera_root: st
 
 def _check_files(source: str, dicts: list[dict[str, Any]]) -> None:
     files = [file for d in dicts for key, file in d.items() if key.endswith("file_name")]
-    missing = [file for file in files if not os.path.isfile(file)]
-    if missing:
+    if missing := missing_files(files):
         raise FileNotFoundError(
             f"{source}: {len(missing)} of the {len(files)} files of its images do not exist, for example {missing[0]}"
         )

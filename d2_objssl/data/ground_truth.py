@@ -102,6 +102,12 @@ def read_label_map(file: str) -> np.ndarray:
     return labels.astype(np.int32)
 
 
+def find_unknown_labels(labels: np.ndarray, num_classes: int, ignore_label: int) -> list[int]:
+    """Labels of a map, of any shape, that are neither classes (0 to num_classes - 1) nor the ignored one: the first ten."""
+    is_unknown = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_label)
+    return np.unique(labels[is_unknown]).tolist()[:10] if is_unknown.any() else []
+
+
 def check_same_size(what: str, found: Sequence[int], expected: Sequence[int]) -> None:
     """Refuse labels that are not those of the image.
 

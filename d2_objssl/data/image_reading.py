@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+from collections.abc import Iterable
 
 import cv2
 import numpy as np
@@ -56,6 +57,28 @@ def check_ordinary_file(file_name: str) -> None:
     """
     if "://" not in file_name and not stat.S_ISREG(os.stat(file_name).st_mode):
         raise OSError(f"{file_name}: is a folder, pipe, socket or device, no file")
+
+
+def missing_files(file_names: Iterable[str]) -> list[str]:
+    """Those of many files that do not exist, or are folders; their folders are listed, which takes less than a call a file."""
+    present: dict[str, set[str]] = {}
+    missing = []
+    for file_name in file_names:
+        folder, name = os.path.split(file_name)
+        if folder not in present:
+            present[folder] = _list_files(folder or ".")
+        if name not in present[folder] and not os.path.isfile(file_name):
+            missing.append(file_name)
+    return missing
+
+
+def _list_files(folder: str) -> set[str]:
+    """Names of the files in a folder; empty where it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except OSError:
+        return set()
 
 
 def check_image_file(file_name: str) -> None:

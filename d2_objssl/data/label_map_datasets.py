@@ -25,6 +25,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_sem_seg
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
+from .image_reading import missing_files
+
 _VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -51,18 +53,25 @@ COCO_STUFF_10K_CLASSES: dict[int, str] = _COCO_THINGS | dict(enumerate(_COCO_STU
 _NUM_CAMVID_IMAGES = {"train": 367, "val": 101, "test": 233}
 _NUM_ADE20K_IMAGES = {"train": 20_210, "val": 2_000}
 _NUM_COCO_LABELS = 182  # labels of the pixel maps: COCO's category id - 1, with gaps
+_NUM_EXAMPLES = 3  # files that a message names
 
 
 def load_listed_label_maps(list_file: str, image_root: str, label_root: str) -> list[dict[str, Any]]:
     """Dataset dicts ("file_name", "image_id", "sem_seg_file_name") of the images that a text file names, one a line.
 
     Raises:
+        FileNotFoundError: if a label map does not exist. An image that does not is for the loader, as any broken one.
         ValueError: if the file names none.
     """
     with open(list_file) as f:
         names = f.read().split()
     if not names:
         raise ValueError(f"{list_file} names no image")
+    if missing := missing_files(os.path.join(label_root, f"{name}.png") for name in names):
+        raise FileNotFoundError(
+            f"{list_file}: {len(missing)} of the label maps of its {len(names)} images do not exist, for example "
+            f"{', '.join(missing[:_NUM_EXAMPLES])}"
+        )
     return [
         {
             "file_name": os.path.join(image_root, f"{name}.jpg"),
@@ -134,6 +143,7 @@ def _register(
         ignore_label=ignore_label,
         image_root=images,
         sem_seg_root=maps,
+        list_file=list_file,
         evaluator_type="sem_seg",
         num_images=num_images,
     )

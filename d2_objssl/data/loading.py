@@ -1,4 +1,4 @@
-"""The dataset dicts of DATASETS.TRAIN, checked: names, files, sizes and labels."""
+"""The dataset dicts of DATASETS.TRAIN and DATASETS.TEST, checked: names, files, sizes and labels."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from detectron2.data.build import (
     filter_images_with_only_crowd_annotations,
 )
 
+from .bad_images import check_test_files
 from .datasets import register_image_folders
 from .known_sizes import check_datasets, check_size
 from .labelled_images import take_fraction
@@ -33,12 +34,30 @@ def load_dataset_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
         raise ValueError("DATASETS.TRAIN is empty; name a data set, or a folder as ('images:/path/to/folder',)")
     register_image_folders([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
-    check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")  # it is read at the end of training
+    check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
     if cfg.INPUT.SSL.NUM_VIEWS > 0 and cfg.INPUT.PAIRS.SOURCE != "none":
         return load_pair_dicts(cfg)
     if cfg.INPUT.SSL.NUM_VIEWS > 0:
         return _load_for_pretraining(cfg, build_region_source(cfg))
     return _load_for_fine_tuning(cfg)
+
+
+def load_test_dicts(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
+    """Dataset dicts of one set of DATASETS.TEST, those of images without objects included.
+
+    Raises:
+        OSError: naming images that are missing or empty; FileNotFoundError also as `check_datasets`.
+        ValueError: see `known_sizes.py`.
+    """
+    register_image_folders([name])
+    check_datasets([name], "DATASETS.TEST")
+    proposal_files = None
+    if cfg.MODEL.LOAD_PROPOSALS:
+        proposal_files = [cfg.DATASETS.PROPOSAL_FILES_TEST[list(cfg.DATASETS.TEST).index(name)]]
+    dicts = get_detection_dataset_dicts(name, filter_empty=False, proposal_files=proposal_files)
+    check_size(name, len(dicts), require_complete=cfg.DATASETS.REQUIRE_COMPLETE)
+    check_test_files(dicts, name)
+    return dicts
 
 
 def _load_whole(cfg: CfgNode, name: str, proposal_file: str | None = None) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ Differs from Detectron2's `DatasetMapper`, which reads label maps as grey images
 * a PNG with a palette, as Pascal VOC's, gives the indices, not the brightness of their colours;
 * a label that is neither a class nor the ignored one is an error that names file and value. In the loss it would end the
   run with a device-side assertion, or, as an index of another class, not at all;
-* tests do without labels: the evaluator reads them itself.
+* tests do without labels: the evaluator reads and checks them itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import check_image_size, read_image
 
 from .dataset_mapper import ObjSSLDatasetMapper
-from .ground_truth import check_same_size, read_label_map
+from .ground_truth import check_same_size, find_unknown_labels, read_label_map
 from .image_reading import check_image_file
 
 
@@ -80,10 +80,9 @@ class SemSegDatasetMapper(ObjSSLDatasetMapper):
             raise ValueError(f"{image_file} has no label map (sem_seg_file_name): DATASETS.TRAIN has other labels")
         labels = read_label_map(file)
         check_same_size(f"{file}, the label map of {image_file}", labels.shape, image.shape[:2])
-        is_wrong = ((labels < 0) | (labels >= self.num_classes)) & (labels != self.ignore_value)
-        if is_wrong.any():
+        if unknown := find_unknown_labels(labels, self.num_classes, self.ignore_value):
             raise ValueError(
-                f"{file} has the label(s) {np.unique(labels[is_wrong]).tolist()[:10]}; with "
+                f"{file} has the label(s) {unknown}; with "
                 f"MODEL.SEM_SEG_HEAD.NUM_CLASSES {self.num_classes} labels are 0 to {self.num_classes - 1}, and "
                 f"IGNORE_VALUE {self.ignore_value}"
             )

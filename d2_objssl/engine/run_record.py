@@ -49,6 +49,8 @@ class RunRecord(HookBase):
         self.trainer.checkpointer.metadata["training"] = {
             "method": self._cfg.MODEL.SSL.METHOD if is_pretraining else None,
             "config": config_identity(self._cfg, self._config_file),
+            "seed": self._cfg.SEED if self._cfg.SEED >= 0 else None,
+            "precision": self._precision(),
             "num_images": self.trainer.data_loader.num_images,
             "max_iter": self._max_iter,
             "weights": self._weights,
@@ -58,16 +60,20 @@ class RunRecord(HookBase):
         """Write the records, if the run has come to its end and was evaluated."""
         if self.trainer.iter < self._max_iter or not self.trainer.eval_results or not comm.is_main_process():
             return
-        dtype = self.trainer.autocast_dtype
         paths = write_evaluation_records(
             self._cfg,
             self.trainer.eval_results,
             checkpoint=os.path.join(self._cfg.OUTPUT_DIR, "model_final.pth"),
             config_file=self._config_file,
-            precision="float32" if dtype is None else str(dtype).removeprefix("torch."),
+            precision=self._precision(),
             wall_time_s=round(self._wall_time_s(), 1),
+            of_training=True,
         )
         logger.info("Records: %s", ", ".join(paths))
+
+    def _precision(self) -> str:
+        dtype = self.trainer.autocast_dtype
+        return "float32" if dtype is None else str(dtype).removeprefix("torch.")
 
     def _wall_time_s(self) -> float:
         return self._before_s + time.monotonic() - self._begun

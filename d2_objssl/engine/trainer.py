@@ -21,7 +21,7 @@ from ..checkpoint import ObjSSLCheckpointer, checkpoint_metadata
 from ..data import build_test_loader, build_train_loader
 from ..data.build import TrainLoader
 from ..data.labelled_images import check_classes
-from ..evaluation.build import build_evaluator, check_evaluators
+from ..evaluation.build import build_evaluator, check_evaluators, check_test_sets
 from .collapse import build_collapse_monitor
 from .config_checks import check_config, run_checks
 from .disk_space import DiskSpace
@@ -57,6 +57,7 @@ class Trainer(DefaultTrainer):
         cfg = resolve_norms(DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()))
         check_config(cfg)
         data_loader = self.build_train_loader(cfg)
+        check_test_sets(cfg)
         run_checks(partial(check_classes, cfg), partial(check_evaluators, cfg))
         cfg = resolve_schedule(cfg, data_loader.num_images)
         data_loader.bad_images.list_in(os.path.join(cfg.OUTPUT_DIR, "bad_images.tsv"))

@@ -3,43 +3,61 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
-import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators, SemSegEvaluator
-from detectron2.utils.file_io import PathManager
-from PIL import Image
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 
-from .cityscapes import CityscapesLabelEvaluator, CityscapesMaskEvaluator
+from ..data.image_reading import missing_files
+from ..data.loading import load_test_dicts
+from .cityscapes import CityscapesLabelEvaluator, CityscapesMaskEvaluator, require_cityscapesscripts
 from .classification import ClassificationEvaluator
 from .coco import FastCOCOEvaluator
 from .depth import DepthEvaluator
 from .lvis import FastLVISEvaluator, require_faster_coco_eval
+from .sem_seg import CheckedSemSegEvaluator
 from .voc import VOCEvaluator
 
 _KNOWN_TYPES = (
     "coco", "lvis", "pascal_voc", "cityscapes_instance", "cityscapes_sem_seg", "sem_seg", "classification", "depth",
 )  # fmt: skip
-
-
-def _load_labels(file_name: str, dtype: Any = int) -> np.ndarray:
-    """Label map of a PNG; Detectron2's own loader fails on NumPy 2."""
-    with PathManager.open(file_name, "rb") as f:
-        return np.asarray(Image.open(f), dtype=dtype)
+# Evaluator type -> keys of the dataset dicts whose files the evaluator reads, image by image.
+_TRUTH_FILES = {"sem_seg": ("sem_seg_file_name",), "depth": ("depth_file_name", "camera_file_name")}
+_NUM_EXAMPLES = 3  # files that a message names
 
 
 def check_evaluators(cfg: CfgNode) -> None:
-    """Check, before a run, that what it ends with can be evaluated: the sets of DATASETS.TEST.
+    """Check, before a run, that what it ends with can be evaluated: the sets of DATASETS.TEST. Nothing is read.
 
     Raises:
         ValueError: if a data set has no known evaluator.
         ImportError: if a package for it is missing.
     """
     for name in cfg.DATASETS.TEST:
-        if _evaluator_type(name) == "lvis":
+        evaluator_type = _evaluator_type(name)
+        if evaluator_type == "lvis":
             require_faster_coco_eval(name)
+        elif evaluator_type.startswith("cityscapes_"):
+            require_cityscapesscripts(name)
+
+
+def check_test_sets(cfg: CfgNode) -> None:
+    """Load every set of DATASETS.TEST once, before a run: its faults would show in the test that the run ends with.
+
+    Label and depth maps are looked for, but not read.
+
+    Raises:
+        ValueError, OSError: see `data.loading.load_test_dicts`, and what the loader of the data set raises for its labels.
+        FileNotFoundError: if label maps or depth maps are missing.
+    """
+    for name in cfg.DATASETS.TEST:
+        dicts = load_test_dicts(cfg, name)
+        keys = _TRUTH_FILES.get(MetadataCatalog.get(name).get("evaluator_type"), ())
+        if missing := missing_files(d[key] for d in dicts for key in keys if d.get(key)):
+            raise FileNotFoundError(
+                f'{len(missing)} file(s) with which DATASETS.TEST "{name}" is evaluated do not exist, for example '
+                f"{', '.join(missing[:_NUM_EXAMPLES])}"
+            )
 
 
 def _evaluator_type(dataset_name: str) -> str:
@@ -79,9 +97,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     if evaluator_type == "cityscapes_sem_seg":
         return CityscapesLabelEvaluator(dataset_name)
     if evaluator_type == "sem_seg":
-        return SemSegEvaluator(
-            dataset_name, distributed=True, output_dir=output_folder, sem_seg_loading_fn=_load_labels
-        )
+        return CheckedSemSegEvaluator(dataset_name, output_dir=output_folder)
     if evaluator_type == "depth":
         depth, crop = cfg.MODEL.DEPTH, MetadataCatalog.get(dataset_name).get("depth_crop", "none")
         return DepthEvaluator(min_depth=depth.MIN, max_depth=depth.MAX, crop=crop)

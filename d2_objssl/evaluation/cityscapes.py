@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +25,14 @@ class CityscapesLabelEvaluator(CityscapesSemSegEvaluator):
     def evaluate(self) -> Any:
         with _older_numpy("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling"):
             return super().evaluate()
+
+
+def require_cityscapesscripts(dataset_name: str) -> None:
+    """Raise an ImportError that says what to install, where cityscapesscripts is absent."""
+    if importlib.util.find_spec("cityscapesscripts") is None:
+        raise ImportError(
+            f'evaluating "{dataset_name}" (Cityscapes) needs cityscapesscripts: pip install cityscapesscripts'
+        )
 
 
 class _OlderNumPy:

@@ -15,6 +15,8 @@ from detectron2.utils import comm
 
 from .results import config_identity, weights_identity, write_record
 
+_MAX_NAME = 150  # characters of a data set's name in that of a file
+
 # evaluator_type of a data set -> task; of data sets with boxes it is that, or instance segmentation with MODEL.MASK_ON.
 _TASKS = {
     "coco": "detection",
@@ -34,14 +36,19 @@ def write_evaluation_records(
     config_file: str,
     precision: str,
     wall_time_s: float,
+    of_training: bool,
 ) -> list[str]:
-    """Write OUTPUT_DIR/records/DATASET.json for every data set of DATASETS.TEST; for the main process.
+    """Write a record into OUTPUT_DIR/records for every data set of DATASETS.TEST; for the main process.
+
+    That of a training's own evaluation is DATASET.json. Any other evaluation has the beginnings of the hashes of its
+    weights and its config in the name as well: several checkpoints and settings stand beside each other.
 
     Args:
         cfg: as `setup_cfg` returned it.
         results: what `Trainer.test` returned.
         checkpoint: file of the model that was evaluated.
         config_file, precision, wall_time_s: see `results`.
+        of_training: whether this is the evaluation at the end of a training, else one of --eval-only.
 
     Returns:
         Paths of the records.
@@ -54,7 +61,10 @@ def write_evaluation_records(
             continue
         record = evaluation_record(cfg, name, by_dataset[name], checkpoint)
         record |= {"config": config_identity(cfg, config_file), "precision": precision, "wall_time_s": wall_time_s}
-        paths.append(os.path.join(cfg.OUTPUT_DIR, "records", f"{name}.json"))
+        hashes = (record["checkpoint"]["sha256"], record["config"]["sha256"])
+        suffix = "" if of_training else "".join(f"-{sha256[:8]}" for sha256 in hashes)
+        stem = name.replace(os.sep, "_")[-_MAX_NAME:]  # "voc:PATH:SPLIT" is a name, too
+        paths.append(os.path.join(cfg.OUTPUT_DIR, "records", f"{stem}{suffix}.json"))
         write_record(paths[-1], record)
     return paths
 

@@ -6,20 +6,21 @@ A record of an evaluation, one JSON file each, has beside `environment()`:
     dataset        the catalog name of what it was evaluated on
     metrics        name -> number, e.g. {"bbox/AP": 41.0}; percentages as papers print them; None: there is none
     weights        `weights_identity` of what training started from, or, where nothing was trained, of what was evaluated;
-                   None: random initialisation
+                   None: random initialisation, or the task has no network
     config         `config_identity`; None: the task has no config
-    seed           an integer, or None
-    precision      "float32", "bfloat16", "float16"
+    seed           an integer, or None: there is none
+    precision      "float32", "bfloat16", "float16"; None: the task has no network
     wall_time_s    seconds
+    num_images     images of `dataset` that it is of
 
 tools/train_net.py (`evaluation_record`) adds:
 
     checkpoint     `weights_identity` of the fine-tuned model that was evaluated, but for what stands in "weights"
-    num_images     images of `dataset`
     num_processes  that trained or, with --eval-only, evaluated it
 
 and counts as wall time training with its evaluations (of a resumed run every part of it, up to the checkpoint that the
-next one went on from), with --eval-only the evaluation.
+next one went on from), with --eval-only the evaluation. "seed" and "precision" are those of the command that wrote the
+record, too: with --eval-only of the evaluation. Those of the trainings stand in "checkpoint" and "weights", in "training".
 """
 
 from __future__ import annotations

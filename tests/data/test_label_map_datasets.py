@@ -12,6 +12,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
+from d2_objssl.data.known_sizes import check_datasets
 from d2_objssl.data.label_map_datasets import COCO_STUFF_10K_CLASSES, load_listed_label_maps
 
 
@@ -69,14 +70,21 @@ def test_camvid_is_complete_and_has_its_labels(test_data: Path, root: Path):
         assert labels.shape == (360, 480) and labels.max() <= 11
 
 
+def write_maps(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / f"{name}.png").touch()
+
+
 def test_listed_images_of_voc(root: Path):
     for split in ("trainaug", "val"):
         lists = root / "VOC2012" / "ImageSets" / "Segmentation"
         lists.mkdir(parents=True, exist_ok=True)
         (lists / f"{split}.txt").write_text("2007_000032\n2007_000039\n")
+        folder = {"trainaug": "SegmentationClassAug", "val": "SegmentationClass"}[split]
+        write_maps(root / "VOC2012" / folder, "2007_000032", "2007_000039")
         dicts = DatasetCatalog.get(f"voc_2012_{split}_sem_seg")
         assert [d["image_id"] for d in dicts] == ["2007_000032", "2007_000039"]
-        folder = {"trainaug": "SegmentationClassAug", "val": "SegmentationClass"}[split]
         assert dicts[1]["file_name"] == str(root / "VOC2012" / "JPEGImages" / "2007_000039.jpg")
         assert dicts[1]["sem_seg_file_name"] == str(root / "VOC2012" / folder / "2007_000039.png")
 
@@ -85,3 +93,24 @@ def test_a_list_without_images_is_refused(tmp_path):
     (tmp_path / "train.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"train\.txt names no image"):
         load_listed_label_maps(str(tmp_path / "train.txt"), "images", "labels")
+
+
+def test_label_maps_that_are_missing_are_counted_and_named(tmp_path):
+    names = [f"city/{i}" for i in range(12)]
+    (tmp_path / "train.txt").write_text("\n".join(names))
+    write_maps(tmp_path / "maps" / "city", *(str(i) for i in range(12) if i not in (3, 5, 7, 8)))
+    (tmp_path / "maps" / "city" / "8.png").mkdir()  # no file
+    with pytest.raises(
+        FileNotFoundError, match=r"train\.txt: 4 of the label maps of its 12 images.*city/3\.png, .*5\.png, .*7\.png$"
+    ):
+        load_listed_label_maps(str(tmp_path / "train.txt"), "images", str(tmp_path / "maps"))
+
+
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+def test_a_missing_list_of_images_is_found_before_the_run(root, key):
+    for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug"):
+        (root / "VOC2012" / folder).mkdir(parents=True)
+    name = {"TRAIN": "voc_2012_trainaug_sem_seg", "TEST": "voc_2012_val_sem_seg"}[key]
+    split = {"TRAIN": "trainaug", "TEST": "val"}[key]
+    with pytest.raises(FileNotFoundError, match=rf"{name}.*no \S*ImageSets/Segmentation/{split}\.txt:"):
+        check_datasets([name], f"DATASETS.{key}")

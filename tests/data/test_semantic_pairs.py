@@ -426,7 +426,11 @@ def test_pair_of_annotations_becomes_views(tmp_path: Path) -> None:
     assert all(a < 0.5 < b for a, b in zip(shown[:3], shown[3:], strict=True))
 
 
-def test_label_maps_that_a_list_names(tmp_path: Path) -> None:
+def test_label_maps_that_a_list_names(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "maps").mkdir()
+    for name in ("2007_000032", "2007_000039"):
+        (tmp_path / "maps" / f"{name}.png").touch()
     (tmp_path / "list.txt").write_text("2007_000032\n2007_000039\n")
     dicts = load_listed_label_maps(str(tmp_path / "list.txt"), "images", "maps")
     assert [d["sem_seg_file_name"] for d in dicts] == ["maps/2007_000032.png", "maps/2007_000039.png"]

@@ -6,11 +6,13 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase, hooks
 from detectron2.utils.events import EventStorage
 from tiny_runs import finetune_cfg, pretrain_cfg, train
@@ -234,6 +236,31 @@ def test_results_of_the_last_evaluation_are_returned(folder):
     trainer = Trainer(finetune_cfg(folder, *test, "TEST.EXPECTED_RESULTS", [["bbox", "AP", 50.0, 60.0]]))
     results = trainer.train()
     assert "AP" in results["bbox"]
+
+
+@pytest.fixture
+def broken_test_set(folder, catalog):
+    """A test set of the classes of the scenes, whose image is empty."""
+    (folder / "a.jpg").touch()
+    DatasetCatalog.register("broken", lambda: [{"file_name": str(folder / "a.jpg"), "annotations": []}])
+    scenes = MetadataCatalog.get("scenes_tiny_val")
+    MetadataCatalog.get("broken").set(thing_classes=scenes.thing_classes, evaluator_type="coco")
+    return "broken"
+
+
+def test_a_broken_test_set_is_found_before_the_model_is_built(folder, broken_test_set, monkeypatch):
+    monkeypatch.setattr(Trainer, "build_model", lambda cfg: pytest.fail("the model is built"))
+    with pytest.raises(OSError, match=r'1 image\(s\) of DATASETS\.TEST "broken"'):
+        Trainer(finetune_cfg(folder, "DATASETS.TEST", ("scenes_tiny_val", broken_test_set)))
+
+
+def test_eval_only_finds_a_broken_test_set_before_it_tests_another_one(folder, broken_test_set, load_tool, monkeypatch):
+    cfg = finetune_cfg(folder, "DATASETS.TEST", ("scenes_tiny_val", broken_test_set), "MODEL.WEIGHTS", "x.pth")
+    train_net = load_tool("train_net")
+    monkeypatch.setattr(Trainer, "test", lambda *args: pytest.fail("the test runs"))
+    monkeypatch.setattr(train_net.ObjSSLCheckpointer, "resume_or_load", lambda *args, **kwargs: None)
+    with pytest.raises(OSError, match=r'1 image\(s\) of DATASETS\.TEST "broken"'):
+        train_net.evaluate(cfg, SimpleNamespace(resume=False, config_file=""))
 
 
 def test_a_data_set_without_evaluator_is_refused(photos, folder):

@@ -15,6 +15,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from d2_objssl.config import add_objssl_config
+from d2_objssl.data.voc_datasets import register_voc_split
 from d2_objssl.evaluation import FastCOCOEvaluator, build
 from d2_objssl.evaluation.build import build_evaluator
 
@@ -41,7 +42,7 @@ def make_cfg(output_dir: Path) -> CfgNode:
         ("lvis", "FastLVISEvaluator"),
         ("pascal_voc", "VOCEvaluator"),
         ("cityscapes_sem_seg", "CityscapesLabelEvaluator"),
-        ("sem_seg", "SemSegEvaluator"),
+        ("sem_seg", "CheckedSemSegEvaluator"),
     ],
 )
 def test_every_known_type_has_its_evaluator(metadata, monkeypatch, tmp_path, evaluator_type, name):
@@ -69,14 +70,19 @@ def test_an_unknown_type_is_refused_with_the_data_sets_name(metadata, tmp_path, 
 
 @pytest.mark.parametrize(
     ("evaluator_type", "error", "message"),
-    [("lvis", ImportError, r"fast-eval"), ("none", ValueError, r"evaluator_type is \"none\"")],
+    [
+        ("lvis", ImportError, r"fast-eval"),
+        ("cityscapes_sem_seg", ImportError, "pip install cityscapesscripts"),
+        ("cityscapes_instance", ImportError, "pip install cityscapesscripts"),
+        ("none", ValueError, r"evaluator_type is \"none\""),
+    ],
 )
 def test_what_cannot_be_evaluated_is_found_before_the_run(
     metadata, monkeypatch, tmp_path, evaluator_type, error, message
 ):
     metadata.evaluator_type = evaluator_type
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "faster" in name else find_spec(name))
+    find_spec, absent = importlib.util.find_spec, ("faster_coco_eval", "cityscapesscripts")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find_spec(name))
     cfg = make_cfg(tmp_path)
     build.check_evaluators(cfg)
     cfg.DATASETS.TEST = (NAME,)
@@ -87,6 +93,66 @@ def test_what_cannot_be_evaluated_is_found_before_the_run(
 def test_a_folder_of_images_cannot_be_evaluated(tmp_path):
     with pytest.raises(ValueError, match="coco_2017_val_images"):
         build_evaluator(make_cfg(tmp_path), "coco_2017_val_images")
+
+
+# ------------------------------------------------------------------------- test sets are loaded before the run
+
+
+def voc_split(root: Path, name: str) -> None:
+    """Register an image with one object, of that class."""
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    Image.new("RGB", (40, 30)).save(root / "JPEGImages" / "a.jpg")
+    (root / "ImageSets" / "Main" / "test.txt").write_text("a\n")
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+    text = f"<annotation><object><name>{name}</name>{box}</object></annotation>"
+    (root / "Annotations" / "a.xml").write_text(text)
+    register_voc_split(NAME, str(root), "test", ("RBC", "WBC"))
+
+
+def test_an_unknown_class_in_a_test_set_is_found_before_the_run(catalog, tmp_path):
+    voc_split(tmp_path, "Elephant")
+    cfg = make_cfg(tmp_path)
+    build.check_test_sets(cfg)  # no test, no check
+    cfg.DATASETS.TEST = (NAME,)
+    with pytest.raises(ValueError, match=r'a\.xml: unknown class "Elephant"'):
+        build.check_test_sets(cfg)
+
+
+def test_an_incomplete_test_set_is_found_before_the_run(catalog, tmp_path):
+    voc_split(tmp_path, "RBC")
+    MetadataCatalog.get(NAME).num_images = 72
+    cfg = make_cfg(tmp_path)
+    cfg.DATASETS.TEST = (NAME,)
+    build.check_test_sets(cfg)
+    cfg.DATASETS.REQUIRE_COMPLETE = True
+    with pytest.raises(ValueError, match=r"1 images here.*72.*DATASETS\.REQUIRE_COMPLETE"):
+        build.check_test_sets(cfg)
+
+
+def test_a_missing_image_of_a_test_set_is_found_before_the_run(catalog, tmp_path):
+    (tmp_path / "a.jpg").touch()
+    DatasetCatalog.register(NAME, lambda: [{"file_name": str(tmp_path / "a.jpg"), "label": 0}])
+    cfg = make_cfg(tmp_path)
+    cfg.DATASETS.TEST = (NAME,)
+    with pytest.raises(OSError, match=r"a\.jpg: the file is empty"):
+        build.check_test_sets(cfg)
+
+
+@pytest.mark.parametrize(("evaluator_type", "key"), [("sem_seg", "sem_seg"), ("depth", "depth"), ("depth", "camera")])
+def test_missing_label_and_depth_maps_of_a_test_set_are_found_before_the_run(catalog, tmp_path, evaluator_type, key):
+    key = f"{key}_file_name"
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    dicts = [{"file_name": str(tmp_path / "a.png"), key: str(tmp_path / f"{i}.png")} for i in range(5)]
+    DatasetCatalog.register(NAME, lambda: dicts)
+    MetadataCatalog.get(NAME).evaluator_type = evaluator_type
+    (tmp_path / "2.png").touch()
+    cfg = make_cfg(tmp_path)
+    cfg.DATASETS.TEST = (NAME,)
+    with pytest.raises(FileNotFoundError, match=rf'4 file\(s\).*"{NAME}".*0\.png, \S*1\.png, \S*3\.png$'):
+        build.check_test_sets(cfg)
+    MetadataCatalog.remove(NAME)  # other evaluators do without them
+    build.check_test_sets(cfg)
 
 
 # -------------------------------------------------------------- perfect predictions on generated scenes score 100

@@ -142,6 +142,7 @@ def test_command(load_tool, stripes, tmp_path, capsys, catalog):
     content = json.loads(record.read_text())
     assert content["task"] == "linear SVM" and (content["trained_on"], content["dataset"]) == (train, test)
     assert content["metrics"]["mAP"] == 100 and content["metrics"]["mAP_by_chance"] == 50
+    assert (content["num_train_images"], content["num_images"]) == (12, 12)
     assert content["weights"] is None and content["seed"] == 0 and content["wall_time_s"] > 0
     assert content["costs"].keys() == {"horizontal", "vertical"}
     table = capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Records of runs: what they hold, and that they tell how weights came about."""
 
+import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from tiny_runs import finetune_cfg, train
 
 from d2_objssl.checkpoint import to_detectron2, write_checkpoint
@@ -94,11 +96,12 @@ def test_converted_weights_tell_how_they_were_pretrained(tmp_path, load_tool):
     assert identity["training"] == expected and identity["source"] == "model_0000004.pth"
 
 
-def test_record_of_a_fine_tuning_that_was_killed(tmp_path, catalog):
+def test_record_of_a_fine_tuning_that_was_killed(tmp_path, catalog, load_tool):
     """The final test is recorded once, with what the run started from, though that file has gone, and its whole time."""
     start = tmp_path / "start.pth"
     short = ["SOLVER.MAX_ITER", 3, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.IMS_PER_BATCH", 2]
-    short += ["TEST.PRECISE_BN.ENABLED", False, "DATASETS.TEST", ("tiny_wide",), "MODEL.WEIGHTS", str(start)]
+    short += ["SOLVER.AMP.ENABLED", True, "TEST.PRECISE_BN.ENABLED", False]
+    short += ["DATASETS.TEST", ("tiny_wide",), "MODEL.WEIGHTS", str(start)]
     cfg = finetune_cfg(tmp_path / "run", *short)
     state = Trainer.build_model(cfg).state_dict()
     write_checkpoint({"model": state, "d2_objssl": {"training": PRETRAINING}, "iteration": 6}, start)
@@ -111,20 +114,43 @@ def test_record_of_a_fine_tuning_that_was_killed(tmp_path, catalog):
     record = json.loads((tmp_path / "run" / "records" / "tiny_wide.json").read_text())
     assert (record["task"], record["dataset"], record["num_images"]) == ("instance segmentation", "tiny_wide", 8)
     assert {"bbox/AP", "segm/AP"} <= record["metrics"].keys()
-    assert (record["seed"], record["precision"], record["num_processes"]) == (0, "float32", 1)
+    assert (record["seed"], record["precision"], record["num_processes"]) == (0, "bfloat16", 1)
     assert record["weights"]["sha256"] == sha256
     assert record["weights"]["training"] == PRETRAINING | {"branch": None, "iterations": 7}
     assert record["config"] == config_identity(cfg) == record["checkpoint"]["training"]["config"]
-    assert record["checkpoint"]["training"]["iterations"] == record["checkpoint"]["training"]["max_iter"] == 3
+    trained = record["checkpoint"]["training"]
+    assert trained["iterations"] == trained["max_iter"] == 3
+    assert (trained["seed"], trained["precision"]) == (0, "bfloat16")
     assert record["wall_time_s"] > first_part > 0
 
-    # A later --eval-only with another setting says so, and knows the rest from the checkpoint.
+    # A later --eval-only with another setting and seed says so, and knows the rest from the checkpoint.
     other = cfg.clone()
     other.defrost()
-    other.TEST.DETECTIONS_PER_IMAGE = 1
-    options = {"config_file": "f.yaml", "precision": "float32", "wall_time_s": 1.0}
+    other.TEST.DETECTIONS_PER_IMAGE, other.SEED = 1, 5
+    options = {"config_file": "f.yaml", "precision": "float32", "wall_time_s": 1.0, "of_training": False}
     final = str(tmp_path / "run" / "model_final.pth")
     (path,) = write_evaluation_records(other, {"bbox": {"AP": float("nan")}}, checkpoint=final, **options)
     again = json.loads(Path(path).read_text())
     assert again["weights"] == record["weights"] and again["checkpoint"] == record["checkpoint"]
     assert again["config"] != record["config"] and again["metrics"] == {"bbox/AP": None}
+    assert (again["seed"], again["precision"]) == (5, "float32")
+
+    # Records stand beside each other: of the training, of this setting, of that as it was, of another checkpoint.
+    first = str(tmp_path / "run" / "model_0000001.pth")
+    write_evaluation_records(cfg, {"bbox": {"AP": 1.0}}, checkpoint=first, **options)
+    same = cfg.clone()
+    same.defrost()
+    same.MODEL.WEIGHTS = final
+    load_tool("train_net").evaluate(same, argparse.Namespace(config_file="", resume=False))
+    records = tmp_path / "run" / "records"
+    assert json.loads((records / "tiny_wide.json").read_text()) == record
+    config, weights = again["config"]["sha256"][:8], record["checkpoint"]["sha256"][:8]
+    assert Path(path).name == f"tiny_wide-{weights}-{config}.json"
+    assert len(list(records.iterdir())) == 4
+
+    # A name that is a path stays one file.
+    MetadataCatalog.get("voc:/a/folder:test").set(evaluator_type="pascal_voc")
+    DatasetCatalog.register("voc:/a/folder:test", lambda: [])
+    same.DATASETS.TEST = ("voc:/a/folder:test",)
+    (path,) = write_evaluation_records(same, {"bbox": {"AP": 1.0}}, checkpoint=final, **options | {"of_training": True})
+    assert Path(path) == records / "voc:_a_folder:test.json" and Path(path).exists()

@@ -173,6 +173,7 @@ def test_segmentation_of_a_checkpoint(tool, tmp_path, color_dataset, capsys, cap
     tool.main(["segmentation", "--dataset", "colors", "--weights", weights, *options, *files, "--picture-side", "64"])
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["num_images"] == 3 and record["num_prototypes"] == 2 and record["seed"] is None
+    assert (record["image_list"], record["limit"], record["overrides"]) == ("list.txt", None, [])
     assert record["weights"]["file"] == "model.pth" and len(record["iou_per_class"]) == 2
     assert 50 <= record["metrics"]["pAcc"] <= record["metrics"]["majority/pAcc"] <= 100
     assert f"mIoU {record['metrics']['mIoU']:.2f}" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from ...modeling import ObjectSSL
 from ...visualization import save_png
 from ..concepts import ConceptSearch, assign_images, find_concepts
 from ..results import write_record
-from .options import positive
+from .options import check_outputs, positive
 from .prototype_options import add_prototype_arguments, describe_run, load_images, load_model, run_options
 
 SUMMARY = "the segments most like each prototype, active and dead prototypes"
@@ -26,6 +26,7 @@ SUMMARY = "the segments most like each prototype, active and dead prototypes"
 def run(args: argparse.Namespace) -> None:
     """Print, store and draw the concepts that the prototypes found in a data set."""
     start = time.perf_counter()
+    check_outputs(args)
     dataset_dicts = load_images(args.dataset)
     assign_region_keys(dataset_dicts, find_image_roots([args.dataset]))
     dataset = CenterCrops(dataset_dicts[: args.limit], short_side=args.short_side, crop_size=args.crop_size)

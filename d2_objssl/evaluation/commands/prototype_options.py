@@ -74,6 +74,7 @@ def describe_run(
         "num_prototypes": num_prototypes,
         "weights": weights_identity(args.weights),
         "config": config_identity(cfg, args.config_file),
+        "overrides": list(args.opts),
         "seed": None if args.weights else args.seed,
         "precision": args.precision,
         "wall_time_s": round(wall_time_s, 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ from ...structures import MAX_OVERLAPPING
 from ...visualization import contact_sheet, overlay_region_map, region_colors, resize_longer_side, save_png
 from ..region_quality import best_overlaps, count_regions, evaluate_sources, instance_masks
 from ..results import write_record
-from .options import positive
+from .options import check_outputs, positive
 
 SUMMARY = "average best overlap of region sources with labelled objects"
 
@@ -55,6 +56,8 @@ _SOURCE_FORMS = ", ".join(form for form, _ in _SOURCES.values())
 
 def run(args: argparse.Namespace) -> None:
     """Print, and store, the overlap of regions with the labelled objects of a data set."""
+    start = time.perf_counter()
+    check_outputs(args)
     sources = {spec: parse_source(spec) for spec in args.source}
     dataset_dicts = load_labelled_images(args.dataset, args.limit)
     for source in sources.values():
@@ -62,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     results = evaluate_sources(dataset_dicts, sources, num_workers=args.num_workers, progress=True)
     print(format_results(results))
     if args.output:
-        write_record(args.output, {"task": "regions", "dataset": args.dataset, "limit": args.limit, "results": results})
+        write_record(args.output, make_record(args, results, wall_time_s=time.perf_counter() - start))
         print(args.output)
     if args.picture:
         save_png(args.picture, draw_sources(dataset_dicts, sources, args.num_pictures, args.picture_side))
@@ -123,6 +126,31 @@ def format_results(results: dict[str, dict[str, float]]) -> str:
     first = next(iter(results.values()))
     counts = f"{first['num_instances']} instances in {first['num_images']} images"
     return f"{tabulate(rows, ['source', *columns], floatfmt=formats)}\n{counts}"
+
+
+def make_record(
+    args: argparse.Namespace, results: Mapping[str, Mapping[str, float]], *, wall_time_s: float
+) -> dict[str, Any]:
+    """The record of a run; see `results.py`.
+
+    Args:
+        args, results: the options, and what `evaluate_sources` returned, which the record has as "results".
+        wall_time_s: seconds.
+    """
+    percentages = {"ABO": "abo", "ABO per image": "abo_per_image", "recall@0.5": "recall_at_50"}
+    metrics = {
+        f"{spec}/{name}": round(100 * r[key], 3) for spec, r in results.items() for name, key in percentages.items()
+    }
+    return {
+        "task": "regions",
+        "dataset": args.dataset,
+        "limit": args.limit,
+        "num_images": next(iter(results.values()))["num_images"],
+        "metrics": metrics,
+        "results": results,
+        **dict.fromkeys(("weights", "config", "seed", "precision")),  # there is no network
+        "wall_time_s": round(wall_time_s, 1),
+    }
 
 
 def draw_sources(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from tabulate import tabulate
 from ...concept_drawing import draw_segmentations
 from ...data.center_crops import IGNORED_CLASS, CenterCrops
 from ...data.coco_stuff_27 import keep_listed_images
+from ...data.known_sizes import expected_size
 from ...visualization import save_png
 from ..results import write_record
 from ..unsupervised_segmentation import (
@@ -25,10 +27,12 @@ from ..unsupervised_segmentation import (
     segment_dataset,
     segmentation_metrics,
 )
-from .options import positive
+from .options import check_outputs, positive
 from .prototype_options import add_prototype_arguments, describe_run, load_images, load_model, run_options
 
 SUMMARY = "semantic segmentation by the prototypes of pretraining, without labels"
+
+_TASK = "unsupervised segmentation"
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +40,7 @@ logger = logging.getLogger(__name__)
 def run(args: argparse.Namespace) -> None:
     """Print, and store, mIoU and pixel accuracy of the prototypes on a data set with label maps."""
     start = time.perf_counter()
+    check_outputs(args)
     dataset_dicts = select_images(args.dataset, args.image_list, args.limit)
     metadata = MetadataCatalog.get(args.dataset)
     names = list(metadata.stuff_classes)
@@ -54,10 +59,10 @@ def run(args: argparse.Namespace) -> None:
     print(", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
     if args.output:
         counts = {"num_images": len(dataset), "num_prototypes": len(found.histogram)}
-        record = describe_run(args, cfg, **counts, wall_time_s=time.perf_counter() - start)
+        record = describe_run(args, cfg, **counts, wall_time_s=time.perf_counter() - start) | chosen_images(args)
         iou_of_class = {name: None if np.isnan(value) else float(value) for name, value in zip(names, iou, strict=True)}
         details = {"iou_per_class": iou_of_class, "class_of_prototype": matched.tolist()}
-        write_record(args.output, {"task": "unsupervised segmentation", "metrics": metrics, **record, **details})
+        write_record(args.output, {"task": _TASK, "metrics": metrics, **record, **details})
         print(args.output)
     if args.picture:
         save_png(args.picture, draw_samples(found, matched, names, args.picture_side))
@@ -87,6 +92,24 @@ def select_images(dataset_name: str, list_file: str | None, limit: int | None) -
             expected,
         )
     return dataset_dicts[:limit]
+
+
+def is_record_of(args: argparse.Namespace, record: Mapping[str, Any]) -> bool:
+    """Whether a record is of these options, on the images that published numbers are of; of any weights.
+
+    The model is as its checkpoint says: no record with another config, or with overrides, is.
+    """
+    same = {"task": _TASK, "dataset": args.dataset, "short_side": args.short_side, "crop_size": args.crop_size}
+    same |= {"overrides": list(args.opts), **chosen_images(args)}
+    if any(field not in record or record[field] != value for field, value in same.items()) or record["config"]["file"]:
+        return False
+    metadata = MetadataCatalog.get(args.dataset)
+    return (metadata.get("num_curated_images") or expected_size(metadata)) in (None, record["num_images"])
+
+
+def chosen_images(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of a record that say which of the data set's images were taken."""
+    return {"image_list": args.image_list and Path(args.image_list).name, "limit": args.limit}
 
 
 def class_of_label(metadata: Metadata) -> dict[int, int]:

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from tabulate import tabulate
 
 from ...data import register_image_folders
 from ...data.classification_datasets import common_class_names
-from ...data.known_sizes import check_datasets, check_size
+from ...data.known_sizes import check_datasets, check_size, expected_size
 from ...engine import setup_cfg
 from ...weight_names import NUM_BLOCKS
 from ..features import extract_features, load_pooled_backbone
 from ..probes import ClassResult, evaluate_classes, import_sklearn, presence_labels
 from ..results import config_identity, weights_identity, write_record
-from .options import positive
+from .options import check_outputs, positive
 
 SUMMARY = "which classes are in an image, by linear SVMs on frozen features (VOC07 classification)"
 
 RANDOM = "random"
+_TASK = "linear SVM"
 
 
 def run(args: argparse.Namespace) -> None:
     """Print, and store, the average precision of every class and its mean."""
     start = time.perf_counter()
+    check_outputs(args)
     import_sklearn()  # whether it is there, before the features are computed
     cfg = build_cfg(args)
     names = {"--train": args.train, "--test": args.test}
@@ -56,8 +59,9 @@ def run(args: argparse.Namespace) -> None:
     results = evaluate_classes(data[0], labels[0], data[1], labels[1], class_names, num_jobs=max(args.num_workers, 1))
     print(format_results(results))
     if args.output:
-        record = make_record(args, cfg, results) | {"wall_time_s": round(time.perf_counter() - start, 1)}
-        write_record(args.output, record)
+        counts = {"num_train_images": len(data[0]), "num_images": len(data[1])}
+        record = make_record(args, cfg, results, **counts)
+        write_record(args.output, record | {"wall_time_s": round(time.perf_counter() - start, 1)})
         print(args.output)
 
 
@@ -97,16 +101,30 @@ def format_results(results: dict[str, ClassResult]) -> str:
     return tabulate([*rows, means], headers, floatfmt=("", "g", ".1f", ".1f", ".1f", ".1f"))
 
 
-def make_record(args: argparse.Namespace, cfg: CfgNode, results: dict[str, ClassResult]) -> dict[str, Any]:
-    """The record of a run, but for its time; see `results.py`. Metrics are percentages."""
+def make_record(
+    args: argparse.Namespace,
+    cfg: CfgNode,
+    results: dict[str, ClassResult],
+    *,
+    num_train_images: int,
+    num_images: int,
+) -> dict[str, Any]:
+    """The record of a run, but for its time; see `results.py`. Metrics are percentages.
+
+    Args:
+        args, cfg, results: options, config of the backbone, result of every class.
+        num_train_images, num_images: that were learned from and tested on.
+    """
     count = len(results)
     metrics = {"mAP": 100 * sum(r.ap for r in results.values()) / count}
     metrics |= {"mAP_by_chance": 100 * sum(r.test_share for r in results.values()) / count}
     metrics |= {f"AP/{name}": 100 * r.ap for name, r in results.items()}
     return {
-        "task": "linear SVM",
+        "task": _TASK,
         "dataset": args.test,
+        "num_images": num_images,
         "trained_on": args.train,
+        "num_train_images": num_train_images,
         "metrics": {name: round(value, 3) for name, value in metrics.items()},
         "costs": {name: r.cost for name, r in results.items()},
         "weights": weights_identity(cfg.MODEL.WEIGHTS),
@@ -114,6 +132,19 @@ def make_record(args: argparse.Namespace, cfg: CfgNode, results: dict[str, Class
         "seed": args.seed,
         "precision": "float32",
     }
+
+
+def is_record_of(args: argparse.Namespace, record: Mapping[str, Any]) -> bool:
+    """Whether a record is of these options, on complete data; of any weights."""
+    data = {"dataset": args.test, "trained_on": args.train}
+    if record["task"] != _TASK or any(record.get(field) != name for field, name in data.items()):
+        return False
+    counts = {args.test: record.get("num_images"), args.train: record.get("num_train_images")}
+    # Records of earlier versions do not tell on how many images they are: they may be of a part.
+    is_complete = all(
+        n is not None and expected_size(MetadataCatalog.get(name)) in (None, n) for name, n in counts.items()
+    )
+    return is_complete and record["config"]["sha256"] == config_identity(build_cfg(args))["sha256"]
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
