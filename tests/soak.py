@@ -9,7 +9,8 @@ a step, a quarter in the start of a process, a quarter in the time that a third 
 Memory: one pretraining run with stored region maps and two workers. The main process and the workers must not grow: the
 slope of a line through their memory in the second half of the run stays below MAX_GROWTH. Memory is what they hold beside
 files, pages that they share counted in part (Pss_Anon and Pss_Shmem of /proc/PID/smaps_rollup). Detectron2's event storage
-keeps every number that is logged: that of the main process grows by about 1 KB an iteration.
+keeps every number that is logged: that of the main process grows by about 1 KB an iteration. Beside it, the peak of the
+resident memory (VmHWM), libraries included, early and late in the run.
 
 Examples:
     python tests/soak.py --output benchmarks/results/soak.json
@@ -52,6 +53,7 @@ _RUN: list[Any] = ["SOLVER.MAX_ITER", 24, "SOLVER.CHECKPOINT_PERIOD", 4, "SOLVER
 _KILLS_OF_A_RUN = 20  # at most; then it may end
 _CHILD_SECONDS = 600.0  # that a process gets for a whole run
 _SAMPLES = 40  # of the memory in a run
+_SIZE, _PEAK = ("Pss_Anon:", "Pss_Shmem:"), ("VmHWM:",)
 MAX_GROWTH = 4096.0  # bytes an iteration, of a process
 
 # ------------------------------------------------------------------------------------------------ kills
@@ -144,12 +146,13 @@ class MemoryLog(HookBase):
 
     Attributes:
         iterations: when.
-        sizes: bytes, by the name of the process.
+        sizes, peaks: bytes, by the name of the process.
     """
 
     def __init__(self) -> None:
         self.iterations: list[int] = []
         self.sizes: dict[str, list[int]] = {}
+        self.peaks: dict[str, list[int]] = {}
 
     def after_step(self) -> None:
         if (self.trainer.iter + 1) % max(self.trainer.max_iter // _SAMPLES, 1):
@@ -157,20 +160,22 @@ class MemoryLog(HookBase):
         self.iterations.append(self.trainer.iter + 1)
         workers = sorted(multiprocessing.active_children(), key=lambda process: process.pid or 0)
         for name, pid in [("main", os.getpid()), *((f"worker {i}", w.pid) for i, w in enumerate(workers))]:
-            self.sizes.setdefault(name, []).append(_memory_of(pid))
+            self.sizes.setdefault(name, []).append(_sum_fields(Path(f"/proc/{pid}/smaps_rollup"), _SIZE))
+            self.peaks.setdefault(name, []).append(_sum_fields(Path(f"/proc/{pid}/status"), _PEAK))
 
 
-def _memory_of(pid: int | None) -> int:
+def _sum_fields(file: Path, names: tuple[str, ...]) -> int:
     """Bytes."""
-    fields = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines())
-    return sum(1024 * int(words[1]) for words in fields if words[0] in ("Pss_Anon:", "Pss_Shmem:"))
+    fields = (line.split() for line in file.read_text().splitlines())
+    return sum(1024 * int(words[1]) for words in fields if words[0] in names)
 
 
 def soak_memory(iterations: int, folder: Path) -> dict[str, dict[str, float]]:
     """Pretrain in this process and measure.
 
     Returns:
-        For each process start_mb, end_mb (first and last sample, 1e6 bytes) and bytes_per_iteration (of the second half).
+        For each process start_mb, end_mb (first and last sample, 1e6 bytes), bytes_per_iteration (of the second half), and
+        start_peak_mb, end_peak_mb (VmHWM).
     """
     photos = write_photos(folder / "photos", count=200)
     files = list_images(str(photos))
@@ -188,13 +193,14 @@ def soak_memory(iterations: int, folder: Path) -> dict[str, dict[str, float]]:
     trainer, log = Trainer(cfg), MemoryLog()
     trainer.register_hooks([log])
     trainer.train()
-    return {name: _growth(log.iterations, sizes) for name, sizes in log.sizes.items()}
+    return {name: _growth(log.iterations, sizes, log.peaks[name]) for name, sizes in log.sizes.items()}
 
 
-def _growth(iterations: list[int], sizes: list[int]) -> dict[str, float]:
+def _growth(iterations: list[int], sizes: list[int], peaks: list[int]) -> dict[str, float]:
     half = len(iterations) // 2
     slope = float(np.polyfit(iterations[half:], sizes[half:], 1)[0])
     figures = {"start_mb": sizes[0] / 1e6, "end_mb": sizes[-1] / 1e6, "bytes_per_iteration": slope}
+    figures |= {"start_peak_mb": peaks[0] / 1e6, "end_peak_mb": peaks[-1] / 1e6}
     return {key: round(value, 1) for key, value in figures.items()}
 
 
