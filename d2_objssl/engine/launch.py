@@ -149,7 +149,7 @@ def _run_in_group(main_func: Callable[..., Any], args: argparse.Namespace) -> No
         main_func(args)
     except Preempted as stop:
         preempted = stop.with_traceback(None)  # whose frames refer to the group
-    comm._get_global_gloo_group.cache_clear()
+    comm._get_global_gloo_group.cache_clear()  # beside NCCL's: for Python objects, and kept there without a public way out
     gc.collect()
     dist.destroy_process_group()
     if preempted is not None:
