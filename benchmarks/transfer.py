@@ -3,8 +3,9 @@
 
 Pretrains each method, converts the checkpoint, fine-tunes, and does the same from random initialisation; for every seed.
 Tasks: "scenes", pretraining on 2,000 generated scenes, Mask R-CNN on 100 other, labelled ones; "camvid", pretraining and
-semantic segmentation on CamVid's training images (in DETECTRON2_DATASETS/camvid); "bccd", pretraining and Faster R-CNN on
-BCCD's training images (in DETECTRON2_DATASETS/bccd). --fractions says with which parts of the labels.
+semantic segmentation on CamVid's training images (in DETECTRON2_DATASETS/camvid), "camvid_fcn" and "camvid_linear" the same
+with an FCN and with a linear probe of the frozen backbone; "bccd", pretraining and Faster R-CNN on BCCD's training images
+(in DETECTRON2_DATASETS/bccd). --fractions says with which parts of the labels.
 
 The row "byol" is DetCon-B with the whole image as its only region. Two rows are not self-supervised: "detcon_gt" sees the
 true masks of the scenes that it is pretrained on, "semcl" label maps. Writes a table, curves and a JSON record. Runs of an
@@ -77,6 +78,7 @@ class Task:
         return self.methods.get(method) or METHODS[method]
 
 
+_SEM_SEG = {"sem_seg/mIoU": "mIoU", "sem_seg/pACC": "pixel accuracy"}
 TASKS = {
     "scenes": Task(
         summary="Mask R-CNN R18-FPN on scenes_train (100 images), AP on scenes_val (100 images)",
@@ -90,7 +92,21 @@ TASKS = {
         datasets=("camvid_train_sem_seg", "camvid_val_sem_seg"),
         pretrain_opts=("DATASETS.TRAIN", "('camvid_train_sem_seg',)"),
         finetune_config="configs/quick/sem_seg_R_18_FPN_camvid.yaml",
-        metrics={"sem_seg/mIoU": "mIoU", "sem_seg/pACC": "pixel accuracy"},
+        metrics=_SEM_SEG,
+    ),
+    "camvid_fcn": Task(
+        summary="FCN R18 on camvid_train_sem_seg (367 images), mIoU on camvid_val_sem_seg (101 images)",
+        datasets=("camvid_train_sem_seg", "camvid_val_sem_seg"),
+        pretrain_opts=("DATASETS.TRAIN", "('camvid_train_sem_seg',)"),
+        finetune_config="configs/quick/fcn_R_18_camvid.yaml",
+        metrics=_SEM_SEG,
+    ),
+    "camvid_linear": Task(
+        summary="linear probe of a frozen R18 on camvid_train_sem_seg (367 images), mIoU on camvid_val_sem_seg (101 images)",
+        datasets=("camvid_train_sem_seg", "camvid_val_sem_seg"),
+        pretrain_opts=("DATASETS.TRAIN", "('camvid_train_sem_seg',)"),
+        finetune_config="configs/quick/linear_R_18_camvid.yaml",
+        metrics=_SEM_SEG,
     ),
     "bccd": Task(
         summary="Faster R-CNN R18-FPN on bccd_train (205 images), AP on bccd_test (72 images)",
