@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.config import CfgNode
 from torch import nn
 
+from .earlier_checkpoints import earlier_checkpoints
 from .load_guard import (
     LAYOUT_CONTRACTS,
     PADDING_ERROR,
@@ -121,7 +122,7 @@ class ObjSSLCheckpointer(DetectionCheckpointer):
     model's student and teacher, `backbone.bottom_up`, `backbone`, a C4 model's `roi_heads.res5`.
 
     When resuming, everything must load; a last checkpoint that is damaged, or is none of a run, is passed over for the newest
-    one before it.
+    one before it. Those of an earlier run (`earlier_checkpoints`) do not count.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class ObjSSLCheckpointer(DetectionCheckpointer):
         *,
         metadata: Mapping[str, Any] | None = None,
         save_to_disk: bool | None = None,
+        check_resumed: Callable[[Mapping[str, Any], str], None] | None = None,
         **checkpointables: Any,
     ) -> None:
         """
@@ -140,10 +142,12 @@ class ObjSSLCheckpointer(DetectionCheckpointer):
             metadata: `checkpoint_metadata(cfg)`. It is saved as "d2_objssl", and its input contract is compared with
                 that of a file that is loaded. None: neither.
             save_to_disk: None: on the main process only.
+            check_resumed: gets content and path of a checkpoint to resume from before anything is taken from it, and may raise.
             checkpointables: objects with `state_dict` and `load_state_dict`, e.g. `trainer`.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.metadata = None if metadata is None else dict(metadata)
+        self._check_resumed = check_resumed
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Save everything as `NAME.pth`, and only when that is safely on the disk let `last_checkpoint` point to it.
@@ -217,6 +221,8 @@ class ObjSSLCheckpointer(DetectionCheckpointer):
                 continue
             if failures:
                 self.logger.warning("Resuming from the older checkpoint %s instead", candidate)
+            if self._check_resumed is not None:
+                self._check_resumed(checkpoint, candidate)
             return self._restore(checkpoint, candidate, None, "all")
         listed = "\n  ".join(failures)
         raise CheckpointError(
@@ -224,25 +230,30 @@ class ObjSSLCheckpointer(DetectionCheckpointer):
         )
 
     def has_checkpoint(self) -> bool:
-        """Whether there is anything to resume from: a file `last_checkpoint`, or checkpoints without it."""
+        """Whether there is anything of this run to resume from: a file `last_checkpoint`, or checkpoints without it."""
         return bool(self._resume_candidates())
 
     def periodic_checkpoints(self) -> dict[str, int]:
-        """Paths of the files `model_0000000.pth` in the folder, and their iterations, from the oldest to the newest."""
+        """Paths of the run's files `model_0000000.pth` in the folder, and their iterations, from the oldest to the newest."""
         iterations = {}
         for file in os.listdir(self.save_dir) if os.path.isdir(self.save_dir) else []:
             if match := re.fullmatch(r"model_(\d+)\.pth", file):
                 iterations[os.path.join(self.save_dir, file)] = int(match[1])
+        for path in earlier_checkpoints(self.save_dir):
+            iterations.pop(path, None)
         return dict(sorted(iterations.items(), key=lambda item: item[1]))
 
     def _resume_candidates(self) -> list[str]:
         """The last checkpoint, then the periodic ones before it, from the newest to the oldest."""
         iterations = self.periodic_checkpoints()
-        if not super().has_checkpoint():
+        last = self.get_checkpoint_file() if super().has_checkpoint() else ""
+        if not last or last in earlier_checkpoints(self.save_dir):
             if iterations:
-                self.logger.warning("%s has checkpoints, but no file last_checkpoint: the newest counts", self.save_dir)
+                self.logger.warning(
+                    "%s has checkpoints, but no file last_checkpoint that names one of them: the newest counts",
+                    self.save_dir,
+                )
             return list(iterations)[::-1]
-        last = self.get_checkpoint_file()
         # "model_final", or whatever a damaged `last_checkpoint` says, comes after all of them.
         newest = iterations.pop(last, math.inf)
         return [last, *[path for path, iteration in iterations.items() if iteration < newest][::-1]]

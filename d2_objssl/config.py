@@ -180,8 +180,8 @@ def _add_solver_config(cfg: CN) -> None:
     # Precision of autocast where SOLVER.AMP.ENABLED: "bfloat16" | "float16" (the latter with a gradient scaler).
     solver.AMP.DTYPE = "bfloat16"
 
-    # Unreadable images are replaced by others, counted, and listed in OUTPUT_DIR/bad_images.tsv. More than this share of
-    # the images seen stops the run.
+    # Unreadable images are replaced by others, counted, and listed in OUTPUT_DIR/bad_images.tsv. A share of the
+    # images seen that is surely larger than this, and not by chance (p < 1e-6), stops the run.
     cfg.DATALOADER.MAX_BAD_IMAGES = 0.05
 
 

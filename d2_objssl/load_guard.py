@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 from tabulate import tabulate
 from torch import nn
 
-from .weight_names import LAYOUTS
+from .weight_names import LAYOUTS, detect_layout
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,22 @@ def _plain_value(cfg: CfgNode, path: str) -> Any:
     for part in path.split("."):
         value = value[part]
     return [float(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def stored_contract(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a file of weights says about its input: its own `input_contract`, or what its layout tells; it may be empty.
+
+    Args:
+        checkpoint: as `load_checkpoint` returns it.
+    """
+    metadata = checkpoint.get("d2_objssl")
+    stored = metadata.get("input_contract") if isinstance(metadata, Mapping) else None
+    if isinstance(stored, Mapping):
+        return stored
+    try:
+        return LAYOUT_CONTRACTS.get(detect_layout(checkpoint), {})
+    except ValueError:  # of no known layout
+        return {}
 
 
 def check_input_contract(stored: Mapping[str, Any], cfg: CfgNode) -> None:

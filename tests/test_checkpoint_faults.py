@@ -122,9 +122,9 @@ def test_the_older_checkpoint_stays_until_the_new_one_is_read_again(tmp_path: Pa
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [9, 12]), (3, [4, 5, 9, 12]), (None, [3, 4, 5, 9, 12])])
 def test_files_from_before_a_resume_count(tmp_path: Path, keep: int | None, left: list[int]) -> None:
-    """9 is left over from another run; 3 to 5 are of this one, which goes on at 6, in 12."""
+    """9 is of a part of the run that is not gone on from; 3 to 5 are before the place where it goes on, 6, in 12."""
     write_run(tmp_path, range(3, 6))
-    write_run(tmp_path, range(9, 10))
+    write_run(tmp_path, range(9, 10), start=9)
     write_run(tmp_path, range(12, 13), start=6, keep=keep)
     assert sorted(int(f.stem[6:]) for f in tmp_path.glob("model_*.pth")) == left
 
@@ -213,7 +213,7 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path: Path) -> None:
             in_use = r"in use: process 1 on elsewhere trains into it.*another OUTPUT_DIR"
             with pytest.raises(RuntimeError, match=in_use):
                 lock.before_train()
-            lock.after_train()
+            lock.release()
             cfg = get_cfg()
             cfg.OUTPUT_DIR = str(tmp_path)
             with pytest.raises(RuntimeError, match=in_use):
@@ -223,7 +223,7 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path: Path) -> None:
             holder.wait()
             lock.before_train()
             assert not leftover.exists() and path.read_text().startswith(f"process {os.getpid()} on ")
-            lock.after_train()
+            lock.release()
         finally:
             os.kill(orphan, signal.SIGKILL)
 

@@ -112,7 +112,8 @@ def test_config_checks_find_no_mistake(config, tmp_path, monkeypatch):
     cfg = load(config)
     if cfg.INPUT.REGIONS.ROOT:
         Path(cfg.INPUT.REGIONS.ROOT).mkdir(parents=True)
-    register_image_folders([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    # The data sets themselves are not here.
+    monkeypatch.setattr("d2_objssl.engine.config_paths.check_datasets", lambda names, key: None)
     assert not find_mistakes(cfg)
 
 

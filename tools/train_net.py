@@ -33,7 +33,7 @@ from d2_objssl.evaluation.evaluation_records import write_evaluation_records
 
 def main(args: argparse.Namespace) -> Any:
     """Train, or with --eval-only evaluate; both leave records of the result in OUTPUT_DIR/records."""
-    cfg = setup_cfg(args.config_file, args.opts, for_training=not args.eval_only)
+    cfg = setup_cfg(args.config_file, args.opts, for_training=not args.eval_only, resume=args.resume)
     default_setup(cfg, args)
     if args.eval_only:
         return evaluate(cfg, args)

@@ -12,6 +12,7 @@ from typing import Any
 
 import cv2
 from PIL import Image
+from scipy.special import bdtrc
 
 from .image_reading import check_ordinary_file, read_rgb_image
 
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 # What reading a broken image raises: OSError covers PIL's UnidentifiedImageError and missing or truncated files.
 _UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError, cv2.error)
 _MIN_BAD = 10  # so many say nothing about the share yet
+_CHANCE = 1e-6  # of stopping a run whose share is at the limit; small, as it is asked again with every bad image
 _NOT_PRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _NUM_EXAMPLES = 3  # files that a message names
 
@@ -45,6 +47,19 @@ def why_unreadable(error: Exception, file_name: str) -> str | None:
         except OSError:
             return reason
     return None
+
+
+def are_too_many(num_bad: int, num_seen: int, max_share: float) -> bool:
+    """Whether the share of bad images is surely above the limit, and not only in the images seen so far.
+
+    Args:
+        num_bad, num_seen: images; at most 10 bad ones are never too many.
+        max_share: the limit, from 0 to 1. At a true share of this, so many bad ones have a probability below 1e-6
+            (binomial distribution).
+    """
+    if num_bad <= _MIN_BAD or num_bad <= max_share * num_seen:
+        return False
+    return bool(bdtrc(num_bad - 1, num_seen, max_share) < _CHANCE)
 
 
 def check_test_files(dataset_dicts: Iterable[dict[str, Any]], name: str) -> None:
@@ -108,7 +123,7 @@ class BadImages:
     def __init__(self, max_share: float) -> None:
         """
         Args:
-            max_share: DATALOADER.MAX_BAD_IMAGES.
+            max_share: DATALOADER.MAX_BAD_IMAGES, see `are_too_many`.
         """
         self.max_share = max_share
         self.num_seen = 0
@@ -133,7 +148,7 @@ class BadImages:
             unreadable: (path, reason) of those that they stand in for.
 
         Raises:
-            RuntimeError: if more images than allowed are unreadable.
+            RuntimeError: if the share of unreadable images is surely larger than allowed.
         """
         self.num_seen += num_good + len(unreadable)
         self.num_bad += len(unreadable)
@@ -143,7 +158,7 @@ class BadImages:
         self._files.update(new)
         if new and self._list_file is not None:
             self._append(new)
-        if self.num_bad > _MIN_BAD and self.num_bad > self.max_share * self.num_seen:
+        if unreadable and are_too_many(self.num_bad, self.num_seen, self.max_share):
             raise RuntimeError(
                 f"{self.num_bad} of {self.num_seen} images could not be read, more than DATALOADER.MAX_BAD_IMAGES "
                 f"({self.max_share:.0%}) allows; {self._describe_files()}"

@@ -5,35 +5,42 @@ What needs the data, the model or the file system's free space is checked by tho
 
 from __future__ import annotations
 
-import glob
 import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils import comm
 
-from ..data.datasets import IMAGE_PREFIX
 from ..data.finetune_augmentation import AUGMENTATION_REGISTRY
 from ..data.region_maps import build_region_source
 from ..modeling.methods import SSL_METHOD_REGISTRY
 from .config_merging import raise_mistakes, suggest
+from .config_paths import check_data_sets, check_output_dir, check_weights
 from .config_ranges import check_ranges, value_of
 
 logger = logging.getLogger(__name__)
 
+# Of Detectron2's get_norm, and of `schedule.build_lr_scheduler`.
+_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+_WITH_NORM = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "RETINANET", "SEM_SEG_HEAD", "DEPTH")
+_SCHEDULES = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR", "WarmupPolyLR", "OneCycleLR")
 _CHOICES = {
+    **{f"MODEL.{node}.NORM": _NORMS for node in _WITH_NORM},
+    "SOLVER.LR_SCHEDULER_NAME": _SCHEDULES,
+    "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler"),
     "SOLVER.OPTIMIZER": ("SGD", "LARS", "ADAMW"),
     "SOLVER.AMP.DTYPE": ("bfloat16", "float16"),
     "MODEL.SSL.TEACHER.MOMENTUM_SCHEDULE": ("cosine", "constant"),
     "INPUT.PAIRS.SOURCE": ("none", "sem_seg", "instances", "both"),
 }
+_STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
 
 def check_config(cfg: CfgNode) -> None:
@@ -47,9 +54,15 @@ def check_config(cfg: CfgNode) -> None:
         logger.warning(warning)
 
 
-def find_mistakes(cfg: CfgNode) -> list[str]:
-    """List what would ruin a training run, one sentence each with key, value and what is allowed."""
-    checks = [_check_names, check_ranges, _check_data_sets, _check_weights, _check_batch, _check_schedule]
+def find_mistakes(cfg: CfgNode, *, resume: bool | None = None) -> list[str]:
+    """List what would ruin a training run, one sentence each with key, value and what is allowed.
+
+    Args:
+        resume: whether the run goes on from the checkpoints in OUTPUT_DIR, where there are any, instead of MODEL.WEIGHTS.
+            None: not known.
+    """
+    checks: list[Callable[[CfgNode], Iterable[str]]] = [_check_names, check_ranges, check_data_sets, check_output_dir]
+    checks += [partial(check_weights, resume=resume), _check_batch, _check_schedule]
     checks.append(_check_pretraining if cfg.MODEL.META_ARCHITECTURE == "ObjectSSL" else _check_fine_tuning)
     return [mistake for check in checks for mistake in check(cfg)]
 
@@ -78,29 +91,8 @@ def _check_names(cfg: CfgNode) -> Iterator[str]:
     for key, names in known.items():
         value = value_of(cfg, key)
         if value not in names:
-            yield f'{key} is "{value}"; known: {", ".join(sorted(names))}{suggest(value, names)}'
-
-
-def _check_data_sets(cfg: CfgNode) -> Iterator[str]:
-    if not cfg.DATASETS.TRAIN:
-        yield "DATASETS.TRAIN is empty; name a data set, or a folder as ('images:/path/to/folder',)"
-    for key in ("TRAIN", "TEST"):
-        for name in cfg.DATASETS[key]:
-            path = os.path.expanduser(name.removeprefix(IMAGE_PREFIX))
-            if name.startswith(IMAGE_PREFIX):
-                if not (os.path.exists(path) or (glob.has_magic(path) and any(glob.iglob(path, recursive=True)))):
-                    yield f'DATASETS.{key} names "{name}", but there is no {path}'
-            elif name not in DatasetCatalog:
-                hint = suggest(name, DatasetCatalog.list())
-                yield f'DATASETS.{key} names "{name}", which is no registered data set{hint}'
-
-
-def _check_weights(cfg: CfgNode) -> Iterator[str]:
-    weights = cfg.MODEL.WEIGHTS
-    # A run that is resumed does not read them again.
-    resumes = os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
-    if weights and "://" not in weights and not os.path.isfile(os.path.expanduser(weights)) and not resumes:
-        yield f'MODEL.WEIGHTS is "{weights}"; there is no such file'
+            known_names = ", ".join(name or '""' for name in sorted(names))
+            yield f'{key} is "{value}"; known: {known_names}{suggest(value, names)}'
 
 
 def _check_batch(cfg: CfgNode) -> Iterator[str]:
@@ -205,7 +197,8 @@ def _find_oddities(cfg: CfgNode) -> Iterator[str]:
         if not cfg.MODEL.WEIGHTS:
             yield "MODEL.WEIGHTS IS EMPTY: fine-tuning starts from RANDOM weights, not from a pretrained backbone."
         return
-    resnets, detcon, cyborgs = cfg.MODEL.RESNETS, cfg.MODEL.SSL.DETCON, cfg.MODEL.SSL.CYBORGS
+    resnets, ssl = cfg.MODEL.RESNETS, cfg.MODEL.SSL
+    detcon, cyborgs = ssl.DETCON, ssl.CYBORGS
     if resnets.STRIDE_IN_1X1 and resnets.DEPTH >= 50 and "resnet" in cfg.MODEL.BACKBONE.NAME:
         yield (
             "MODEL.RESNETS.STRIDE_IN_1X1 is True: the configs for fine-tuning have False, as do torchvision's weights, and "
@@ -221,4 +214,12 @@ def _find_oddities(cfg: CfgNode) -> Iterator[str]:
         yield (
             f"MODEL.SSL.CYBORGS.MAX_CLUSTERS is {cyborgs.MAX_CLUSTERS}, but the views of a process have only {cells} cells "
             "of 32 pixels: there will be fewer clusters."
+        )
+    # With more clusters than samples in a batch DINO learns well, and small batches are for trying things out: no mistake.
+    stride = _STRIDES.get(ssl.GRID_FEATURE or ssl.IN_FEATURES[-1], 32)
+    cells = cfg.SOLVER.IMS_PER_BATCH * cfg.INPUT.SSL.NUM_VIEWS * math.ceil(cfg.INPUT.SSL.CROP_SIZE / stride) ** 2
+    if ssl.METHOD == "SlotCon" and ssl.SLOTCON.NUM_PROTOTYPES > cells:
+        yield (
+            f"MODEL.SSL.SLOTCON.NUM_PROTOTYPES is {ssl.SLOTCON.NUM_PROTOTYPES}, but the views of a batch have only {cells} "
+            f"cells of {stride} pixels: many prototypes will get none."
         )

@@ -9,6 +9,37 @@ from typing import Any
 from detectron2.config import CfgNode
 
 
+def merge_file(cfg: CfgNode, config_file: str) -> list[str]:
+    """Merge a file as Detectron2 does (in place); if that fails, key by key, and list all that is wrong.
+
+    Raises:
+        ValueError: naming the file, if it is no YAML of keys and values.
+    """
+    loaded = _load_file(config_file)
+    before = cfg.clone()
+    try:
+        cfg.merge_from_file(config_file)
+    except (KeyError, ValueError, TypeError, AttributeError):
+        mistakes = merge_node(before, loaded, config_file)
+        cfg.update(before)
+        return mistakes
+    return []
+
+
+def _load_file(config_file: str) -> CfgNode:
+    try:
+        loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=True)  # as merge_from_file
+        if isinstance(loaded, dict):
+            return CfgNode(loaded)
+        reason = "it has none"
+    except Exception as error:  # of YAML, of the file system, of the encoding
+        reason = "it has none" if isinstance(error, TypeError) else str(error)  # TypeError: nowhere to look for _BASE_
+    raise ValueError(
+        f"--config-file {config_file} must have keys of the config and their values as YAML, such as "
+        f'"SOLVER: {{MAX_ITER: 7}}": {reason}'
+    )
+
+
 def merge_node(cfg: CfgNode, node: CfgNode, where: str) -> list[str]:
     """As `merge_pairs`, for all keys of a tree."""
     return merge_pairs(cfg, _leaves(node), where)
@@ -25,9 +56,12 @@ def merge_pairs(cfg: CfgNode, pairs: Iterable[tuple[str, Any]], where: str) -> l
     known = [key for key, _ in _leaves(cfg)]
     mistakes = []
     for key, value in pairs:
+        if below := [k for k in known if k.startswith(f"{key}.")]:  # the message of yacs would show all of them
+            mistakes.append(f"{key} ({where}): it is {value!r}; it must have keys below it, such as {below[0]}")
+            continue
         try:
             cfg.merge_from_list([key, value])
-        except AssertionError:  # yacs has no such key
+        except (AssertionError, TypeError):  # yacs has no such key; TypeError: what is above is no node
             mistakes.append(f"{key} ({where}): there is no such key{suggest(key, known)}")
         except ValueError as error:  # of another type
             mistakes.append(f"{key} ({where}): {error}")

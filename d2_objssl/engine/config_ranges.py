@@ -32,6 +32,7 @@ _NOT_NEGATIVE = [
     "SOLVER.MAX_EPOCHS",
     "SOLVER.CHECKPOINT_EPOCHS",
     "SOLVER.MAX_TO_KEEP",
+    "DATALOADER.NUM_WORKERS",
 ]
 # From 0 to 1: probabilities, momenta, parts of a whole; where the value is a sequence, all of it.
 _SHARES = [
@@ -52,15 +53,9 @@ _SHARES = [
     "SOLVER.MOMENTUM",
     "DATALOADER.MAX_BAD_IMAGES",
 ]
-# Ranges (low, high).
-_LOW_HIGH = [
-    "INPUT.SSL.CROP_SCALE",
-    "INPUT.SSL.CROP_RATIO",
-    "INPUT.SSL.BLUR_SIGMA",
-    "INPUT.CLASSIFICATION.CROP_SCALE",
-    "INPUT.CLASSIFICATION.CROP_RATIO",
-    "INPUT.SEM_SEG.SCALE_RANGE",
-]
+# Ranges (low, high) of numbers that are not negative; of those that are positive.
+_LOW_HIGH = ["INPUT.SSL.CROP_SCALE", "INPUT.SSL.BLUR_SIGMA", "INPUT.CLASSIFICATION.CROP_SCALE"]
+_POSITIVE_LOW_HIGH = ["INPUT.SSL.CROP_RATIO", "INPUT.CLASSIFICATION.CROP_RATIO", "INPUT.SEM_SEG.SCALE_RANGE"]
 
 
 def value_of(cfg: CfgNode, key: str) -> Any:
@@ -81,7 +76,11 @@ def check_ranges(cfg: CfgNode) -> Iterator[str]:
             value = value_of(cfg, key)
             if not all(low <= v <= high for v in (value if isinstance(value, (list, tuple)) else [value])):
                 yield f"{key} is {value}; it must be {allowed}"
-    for key in _LOW_HIGH:
-        value = value_of(cfg, key)
-        if len(value) != 2 or not 0 <= value[0] <= value[1]:
-            yield f"{key} is {value}; it must be two numbers, the smaller one first, none of them negative"
+    for keys, low, allowed in (
+        (_LOW_HIGH, 0.0, "none of them negative"),
+        (_POSITIVE_LOW_HIGH, math.ulp(0.0), "both more than 0"),
+    ):
+        for key in keys:
+            value = value_of(cfg, key)
+            if len(value) != 2 or not low <= value[0] <= value[1]:
+                yield f"{key} is {value}; it must be two numbers, the smaller one first, {allowed}"

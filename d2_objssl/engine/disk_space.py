@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import logging
+import math
+import os
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from detectron2.engine import HookBase
@@ -47,12 +51,19 @@ class DiskSpace(HookBase):
         on_main_process(self._compare)
 
     def _compare(self) -> None:
+        if self.trainer.start_iter >= self.trainer.max_iter:  # a finished run writes nothing
+            return
         checkpointer = self.trainer.checkpointer
         size = checkpoint_bytes(checkpointer.model, self.trainer.optimizer)
-        count = self._count_new_checkpoints(len(checkpointer.periodic_checkpoints()))
-        masks = _MASK_ROUNDS * self._num_masks * _MASK_BYTES
-        needed, free = count * size + masks, shutil.disk_usage(self._folder).free
-        plan = f"{count} checkpoints of about {size:,} bytes" + (
+        # Also those of earlier runs, which may be written over.
+        sizes = {
+            path: os.path.getsize(path) for path in glob.glob(os.path.join(glob.escape(self._folder), "model_*.pth"))
+        }
+        checkpoints = self._growth(size, checkpointer.periodic_checkpoints(), sizes)
+        present = _count_masks(os.path.join(self._folder, "regions"))
+        masks = max(_MASK_ROUNDS * self._num_masks - present, 0) * _MASK_BYTES
+        needed, free = checkpoints + masks, shutil.disk_usage(self._folder).free
+        plan = f"{math.ceil(checkpoints / size)} checkpoints of about {size:,} bytes" + (
             f" and {masks:,} bytes of region masks" if masks else ""
         )
         if needed > free:
@@ -62,12 +73,44 @@ class DiskSpace(HookBase):
             )
         logger.info("The run will write %s; %s bytes are free in %s", plan, f"{free:,}", self._folder)
 
-    def _count_new_checkpoints(self, num_old: int) -> int:
-        """Checkpoints that will be there at once beside the old ones: the periodic ones, and the final one."""
-        periodic = self.trainer.max_iter // self._period - self.trainer.start_iter // self._period
-        if self._max_to_keep is not None:  # an old one is deleted when the new one is there
-            periodic = min(periodic, max(self._max_to_keep - num_old, 0) + 1)
-        return max(periodic, 0) + 1
+    def _growth(self, size: int, old: Mapping[str, int], sizes: Mapping[str, int]) -> int:
+        """Bytes by which the checkpoints will have grown at most: what `hooks.Checkpoints` will do, on paper.
+
+        Args:
+            size: of a new checkpoint.
+            old: path -> iteration of the numbered ones of this run, from the oldest to the newest.
+            sizes: path -> bytes of all that are there.
+        """
+        start, end = self.trainer.start_iter, self.trainer.max_iter
+        final = os.path.join(self._folder, "model_final.pth")
+        present = dict(sizes)
+        recent = [path for path, iteration in old.items() if iteration < start]
+        grown = most = 0
+
+        def write(path: str) -> None:
+            nonlocal grown, most
+            most = max(most, grown + size)  # the new file lies beside the one that it replaces
+            grown += size - present.get(path, 0)
+            present[path] = size
+
+        for step in range((start // self._period + 1) * self._period, end + 1, self._period):
+            if step == end:
+                write(final)
+            recent.append(os.path.join(self._folder, f"model_{step - 1:07d}.pth"))
+            write(recent[-1])
+            if self._max_to_keep is not None and len(recent) > self._max_to_keep:
+                grown -= present.pop(recent.pop(0), 0)
+        if end % self._period:
+            write(final)
+        return most
+
+
+def _count_masks(folder: str) -> int:
+    """Files of the rounds of bootstrapping in `folder`, begun ones included: what is no longer needed will be deleted."""
+    rounds = (
+        [r for r in os.listdir(folder) if re.fullmatch(r"round_\d{4,}(\.partial)?", r)] if os.path.isdir(folder) else []
+    )
+    return sum(len(files) for r in rounds for _, _, files in os.walk(os.path.join(folder, r)))
 
 
 def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -1,4 +1,4 @@
-"""Hooks: the teacher's moving average, precise batch-norm statistics, checkpoints, the state of the random generators."""
+"""Hooks: the teacher's moving average, precise batch-norm statistics, checkpoints, evaluations, random generators."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.engine import HookBase
-from detectron2.engine.hooks import PeriodicCheckpointer
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import update_bn_stats
 from torch import nn
 
 from ..checkpoint import ObjSSLCheckpointer
-from .processes import fail_together
+from ..earlier_checkpoints import set_aside_checkpoints
+from .processes import fail_together, on_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -133,11 +134,28 @@ class Checkpoints(PeriodicCheckpointer):
         self._written = -1  # iteration of the last checkpoint
 
     def before_train(self) -> None:
-        """Count what is there already; files that are no older than the run's start are not its own."""
+        """Count what is there already; files that are no older than the run's start are not its own.
+
+        In the folder of an earlier run, one that starts from the beginning must not be resumed from that run's checkpoints.
+        """
         super().before_train()
+        if self.trainer.start_iter == 0:
+            on_main_process(self._set_aside)
         earlier = self.checkpointer.periodic_checkpoints().items()
         start = self.trainer.start_iter
         self.recent_checkpoints = [path for path, iteration in earlier if iteration < start]
+
+    def _set_aside(self) -> None:
+        folder = self.checkpointer.save_dir
+        if names := set_aside_checkpoints(folder):
+            logger.warning(
+                "OUTPUT_DIR %s has %d checkpoints of an earlier run, %s to %s. They stay, but --resume and SOLVER.MAX_TO_KEEP no "
+                "longer count them; files of the same names are written over.",
+                folder,
+                len(names),
+                names[0],
+                names[-1],
+            )
 
     def step(self, iteration: int, **kwargs: Any) -> None:
         """Write the checkpoints that are due after this iteration."""
@@ -163,6 +181,29 @@ class Checkpoints(PeriodicCheckpointer):
                 os.unlink(self.recent_checkpoints.pop(0))
 
 
+class Evaluation(EvalHook):
+    """Detectron2's `EvalHook`; training does not depend on evaluations, and an interruption leaves none out.
+
+    It gives the random generators back as it found them. A run that is resumed right where an evaluation is due makes it
+    first: the process before may have ended between the checkpoint and its end.
+    """
+
+    def before_step(self) -> None:
+        """Before the first step of a resumed run, evaluate as behind the step before, if that was due."""
+        step = self.trainer.iter
+        if step == 0 or step != self.trainer.start_iter or self._period <= 0 or step % self._period:
+            return
+        logger.info("Evaluating after iteration %d, as the process before may not have come to that", step - 1)
+        self.trainer.storage.iter = step - 1
+        self._do_eval()
+        self.trainer.storage.iter = step
+
+    def _do_eval(self) -> None:
+        state = _get_random_state()
+        super()._do_eval()
+        _set_random_state(state)
+
+
 class RandomState(HookBase):
     """Keep the random generators of every process in the checkpoint.
 
@@ -184,7 +225,7 @@ class RandomState(HookBase):
     def before_step(self) -> None:
         """Before the first step after a checkpoint or a resume, put the generators back."""
         if self._own is not None:
-            # An evaluation after the checkpoint has drawn numbers, and a resumed run does not repeat it.
+            # A bootstrapping of masks, which precedes this hook, may have drawn numbers, and a resumed run finds its files.
             _set_random_state(self._own)
             self._own = None
         if not self._pending:

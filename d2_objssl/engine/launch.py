@@ -21,28 +21,32 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..config import add_objssl_config
-from ..data import register_image_folders
 from .config_checks import find_mistakes
-from .config_merging import merge_node, merge_pairs, raise_mistakes
+from .config_merging import merge_file, merge_node, merge_pairs, raise_mistakes
+from .config_paths import expand_home, register_data_sets
 from .output_lock import check_unlocked
 from .preemption import Preempted, forward_signals
 
 
-def setup_cfg(config_file: str, opts: list[str], *, stored: str = "", for_training: bool = False) -> CfgNode:
+def setup_cfg(
+    config_file: str, opts: list[str], *, stored: str = "", for_training: bool = False, resume: bool | None = None
+) -> CfgNode:
     """Merge defaults, the YAML text of a config that a checkpoint stores, a config file and KEY VALUE overrides.
 
-    `images:PATH` data sets are registered. Without a GPU, MODEL.DEVICE "cuda" becomes "cpu".
+    Data sets such as `images:PATH` are registered. In MODEL.WEIGHTS, OUTPUT_DIR and INPUT.REGIONS.ROOT "~" is the home
+    folder. Without a GPU, MODEL.DEVICE "cuda" becomes "cpu".
 
     Args:
         config_file: "" for none.
         opts: KEY VALUE overrides.
         stored: "" for none.
         for_training: also look for what would ruin a training run, see `config_checks.py`.
+        resume: for training, whether checkpoints in OUTPUT_DIR come before MODEL.WEIGHTS; None: not known.
 
     Raises:
         FileNotFoundError: if the config file does not exist.
-        ValueError: for an odd number of overrides; with all unknown keys, values of another type than the default's, names of
-            data sets that cannot be registered, and mistakes for training.
+        ValueError: for an odd number of overrides, and a config file that holds no keys; with all unknown keys, values of
+            another type than the default's, data sets that cannot be registered, and mistakes for training.
     """
     if len(opts) % 2:
         raise ValueError(f"Overrides come as KEY VALUE pairs, but {opts} are {len(opts)} words")
@@ -52,35 +56,19 @@ def setup_cfg(config_file: str, opts: list[str], *, stored: str = "", for_traini
     add_objssl_config(cfg)
     mistakes = merge_node(cfg, CfgNode.load_cfg(stored), "stored config") if stored else []
     if config_file:
-        mistakes += _merge_file(cfg, config_file)
+        mistakes += merge_file(cfg, config_file)
     pairs = _whole_numbers_as_floats(cfg, opts)
     mistakes += merge_pairs(cfg, zip(pairs[::2], pairs[1::2], strict=True), "command line")
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning('No GPU is available: MODEL.DEVICE "%s" becomes "cpu"', cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
+    expand_home(cfg)
     cfg.freeze()
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        try:
-            register_image_folders([name])
-        except ValueError as error:
-            mistakes.append(str(error))
+    mistakes += register_data_sets(cfg).values()
     if for_training:
-        mistakes += find_mistakes(cfg)
+        mistakes += find_mistakes(cfg, resume=resume)
     raise_mistakes(mistakes)
     return cfg
-
-
-def _merge_file(cfg: CfgNode, config_file: str) -> list[str]:
-    """Merge a file as Detectron2 does; if that fails, key by key, to list all that is wrong."""
-    before = cfg.clone()
-    try:
-        cfg.merge_from_file(config_file)
-    except (KeyError, ValueError):
-        loaded = CfgNode(CfgNode.load_yaml_with_base(config_file))
-        mistakes = merge_node(before, loaded, config_file)
-        cfg.update(before)
-        return mistakes
-    return []
 
 
 def _whole_numbers_as_floats(cfg: CfgNode, opts: list[str]) -> list[str]:

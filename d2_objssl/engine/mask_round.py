@@ -24,7 +24,7 @@ import numpy as np
 from detectron2.utils import comm
 from detectron2.utils.logger import log_every_n_seconds
 
-from ..data.bad_images import printable
+from ..data.bad_images import are_too_many, printable
 from ..data.region_files import MapSettings, file_bytes
 from ..data.region_writer import RegionWriter, begin_maps, completed_images, finish_maps
 from .feature_clustering import BoundedImage, FeatureClusterer, read_ahead
@@ -71,7 +71,7 @@ class MaskMaker:
             images_per_clustering: size of a clustering batch.
             dataset: dataset dicts with "file_name" and "region_key".
             dataset_names: of DATASETS.TRAIN; the index of the maps names them.
-            max_unreadable: a larger share of unreadable images (of more than 10) stops the run.
+            max_unreadable: a share of unreadable images that is surely larger stops the run, see `are_too_many`.
             between_batches: called in all processes every few clustering batches; may stop the run.
         """
         self._build_clusterer = build_clusterer
@@ -212,7 +212,7 @@ class MaskMaker:
 
     def _check_unreadable(self, counts: RoundCounts) -> None:
         seen = counts.num_maps + counts.num_unreadable
-        if counts.num_unreadable > 10 and counts.num_unreadable > self._max_unreadable * seen:
+        if are_too_many(counts.num_unreadable, seen, self._max_unreadable):
             raise RuntimeError(
                 f"{counts.num_unreadable} of {seen} images could not be read, more than DATALOADER.MAX_BAD_IMAGES "
                 f"({self._max_unreadable:.0%}) allows; see the warnings above"

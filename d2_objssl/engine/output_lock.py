@@ -43,8 +43,8 @@ class OutputLock(HookBase):
         """
         on_main_process(self._acquire)
 
-    def after_train(self) -> None:
-        """Unlock it."""
+    def release(self) -> None:
+        """Unlock it; not by a hook's `after_train`, as the evaluations and records of other hooks follow it."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -3,7 +3,8 @@
 Where a signal arrives    What happens
 in a step, or while a     The step is finished, a checkpoint is written, the process ends. With several processes, of which
 checkpoint is written     a single one may have got the signal: after one step more, by all of them together.
-in an evaluation          It is finished, then as above after the next step.
+in an evaluation          It is finished, then as above after the next step. One that is due behind the step in which the
+                          signal arrived is made by the resumed run, before its first step.
 in a bootstrapping of     It stops within a few clustering batches. The masks that are done stay, and the checkpoint is the
 region masks              one that precedes every bootstrapping.
 in the last step, or      The run just ends: nothing is left to be saved. In the evaluation behind it signals act as by

@@ -146,14 +146,19 @@ class TrainStep(SimpleTrainer):
     def _not_finite(self, what: str, found: str, data: Any) -> FloatingPointError:
         """Save the batch, and make the error that names the iteration, what was found, the file, the last checkpoint."""
         path = os.path.join(self.output_dir, f"nonfinite_batch_{self.iter:07d}_rank{comm.get_rank()}.pth")
-        torch.save(_plain(data), path)
+        saved = f"is saved as {path}"
+        try:
+            torch.save(_plain(data), path)
+        except (OSError, RuntimeError) as error:  # a full disk: torch.save makes either of it
+            reason = str(error).partition("\n")[0]  # PyTorch's C++ stack follows
+            saved = f"could not be saved as {path} ({type(error).__name__}: {reason})"
         last = os.path.join(self.output_dir, "last_checkpoint")
         checkpoint = "none was written yet"
         if os.path.isfile(last):
             with open(last) as f:
                 checkpoint = os.path.join(self.output_dir, f.read().strip())
         return FloatingPointError(
-            f"The {what} became infinite or NaN at iteration {self.iter}: {found}. The batch is saved as {path}; "
+            f"The {what} became infinite or NaN at iteration {self.iter}: {found}. The batch {saved}; "
             f"last good checkpoint: {checkpoint}. Try a smaller SOLVER.BASE_LR, a longer warm-up, or "
             'SOLVER.AMP.DTYPE "bfloat16".'
         )

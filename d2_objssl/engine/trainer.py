@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
@@ -25,10 +26,12 @@ from ..evaluation.build import build_evaluator, check_evaluators, check_test_set
 from .collapse import build_collapse_monitor
 from .config_checks import check_config, run_checks
 from .disk_space import DiskSpace
-from .hooks import Checkpoints, EMATeacher, PreciseBN, RandomState
+from .hooks import Checkpoints, EMATeacher, Evaluation, PreciseBN, RandomState
+from .log_writers import GuardedWriter
 from .optimizer import build_optimizer
 from .output_lock import OutputLock
 from .preemption import Preemption
+from .resuming import check_resumed, recompute_rates, with_settings_of
 from .run_record import RunRecord
 from .schedule import build_lr_scheduler, resolve_norms, resolve_schedule
 from .train_step import TrainStep, amp_dtype
@@ -83,7 +86,11 @@ class Trainer(DefaultTrainer):
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = ObjSSLCheckpointer(
-            model, cfg.OUTPUT_DIR, metadata=checkpoint_metadata(cfg), trainer=weakref.proxy(self)
+            model,
+            cfg.OUTPUT_DIR,
+            metadata=checkpoint_metadata(cfg),
+            check_resumed=partial(check_resumed, cfg),
+            trainer=weakref.proxy(self),
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -120,6 +127,7 @@ class Trainer(DefaultTrainer):
         """Resume from the last checkpoint of OUTPUT_DIR if asked to and there is one; else load MODEL.WEIGHTS.
 
         Raises:
+            ValueError: if the config does not fit the checkpoint, see `check_resumed`.
             RuntimeError: if processes read different checkpoints: OUTPUT_DIR is not one folder for them, or a file is bad.
         """
         super().resume_or_load(resume)
@@ -132,6 +140,8 @@ class Trainer(DefaultTrainer):
         self.data_loader.seek(self.start_iter)
         if self.start_iter > 0:
             logger.info("Resuming at iteration %d of %d", self.start_iter, self.max_iter)
+        elif resume:
+            logger.info("OUTPUT_DIR has no checkpoint of this run to resume from: it starts from the beginning")
 
     def write_checkpoint(self) -> None:
         """Write a checkpoint of the iteration that was just done, unless there is one; in all processes."""
@@ -161,6 +171,7 @@ class Trainer(DefaultTrainer):
         self._random_state = RandomState(period, wanted)
         self._checkpoints = Checkpoints(self.checkpointer, period, max_to_keep=keep, also_before=wanted)
         before = next(i for i, h in enumerate(ret) if isinstance(h, hooks.EvalHook))
+        ret[before] = Evaluation(cfg.TEST.EVAL_PERIOD, self._evaluate)
         ret[before:before] = [self._random_state, self._checkpoints, self.preemption]
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
             batches = self.data_loader.from_start
@@ -169,18 +180,30 @@ class Trainer(DefaultTrainer):
         if cfg.MODEL.META_ARCHITECTURE == "ObjectSSL":
             ret.append(build_collapse_monitor(cfg, model, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()))
         num_masks = self.data_loader.num_images if cfg.INPUT.REGIONS.SOURCE == "bootstrap" else 0
-        ret[:0] = [OutputLock(cfg.OUTPUT_DIR), DiskSpace(cfg.OUTPUT_DIR, period, keep, num_masks), *of_method]
+        self._output_lock = OutputLock(cfg.OUTPUT_DIR)
+        ret[:0] = [self._output_lock, DiskSpace(cfg.OUTPUT_DIR, period, keep, num_masks), *of_method]
         if getattr(model, "teacher", None) is not None:
             teacher = cfg.MODEL.SSL.TEACHER
             ret.insert(0, EMATeacher(model.teacher, model.student, teacher.MOMENTUM, teacher.MOMENTUM_SCHEDULE))
         return ret
 
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's writers of losses and metrics; a log that cannot be written does not end the run."""
+        return [GuardedWriter(writer, self.cfg.OUTPUT_DIR) for writer in super().build_writers()]
+
+    def _evaluate(self) -> dict[str, Any]:
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
+
     def after_train(self) -> None:
-        """End the loader's workers, close the hooks, and say how many images were unreadable."""
+        """End the loader's workers, close the hooks, unlock OUTPUT_DIR, and say how many images were unreadable."""
         loader = self.data_loader
         # Else they are ended by force where the process is a child of Detectron2's launcher.
         self._trainer.reset_data_loader(lambda: loader)
-        super().after_train()
+        try:
+            super().after_train()
+        finally:
+            self._output_lock.release()
         if self.data_loader.bad_images.num_bad:
             logger.warning("%s", self.data_loader.bad_images.summary())
         if self.data_loader.num_cut:
@@ -200,10 +223,12 @@ class Trainer(DefaultTrainer):
         return {**super().state_dict(), "data": data}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; a change of the data or the batch is warned about.
+        """Restore what `state_dict` returned, but for the settings of optimiser and schedule, which are those of the config.
+
+        A change of the data or the batch is warned about.
 
         Raises:
-            ValueError: if the checkpoint was written by another trainer.
+            ValueError: if the checkpoint was written by another trainer, or for other parameter groups.
         """
         data = state_dict.get("data")
         if data is None:
@@ -211,7 +236,8 @@ class Trainer(DefaultTrainer):
                 f"The checkpoint in OUTPUT_DIR {self.cfg.OUTPUT_DIR} does not know its place in the data: it was written "
                 "by another trainer. Give it as MODEL.WEIGHTS, without --resume and with another OUTPUT_DIR."
             )
-        super().load_state_dict(state_dict)
+        super().load_state_dict(with_settings_of(state_dict, self.optimizer, self.scheduler))
+        recompute_rates(self.scheduler)
         self.data_loader.sampler.seed = data["seed"]
         for key, now in (
             ("num_images", self.data_loader.num_images),

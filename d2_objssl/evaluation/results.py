@@ -115,33 +115,33 @@ def weights_identity(path: str) -> dict[str, Any] | None:
 
 
 # What says where, how fast and how often something is done, or has a field of its own in a record.
-_WITHOUT_EFFECT = {"OUTPUT_DIR", "SEED", "VERSION", "VIS_PERIOD", "CUDNN_BENCHMARK", "MODEL.DEVICE", "MODEL.WEIGHTS"}
-_WITHOUT_EFFECT |= {"DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_EPOCHS"}
-_WITHOUT_EFFECT |= {"SOLVER.MAX_TO_KEEP", "TEST.EVAL_PERIOD", "TEST.EXPECTED_RESULTS"}
+WITHOUT_EFFECT = {"OUTPUT_DIR", "SEED", "VERSION", "VIS_PERIOD", "CUDNN_BENCHMARK", "MODEL.DEVICE", "MODEL.WEIGHTS"}
+WITHOUT_EFFECT |= {"DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_EPOCHS"}
+WITHOUT_EFFECT |= {"SOLVER.MAX_TO_KEEP", "TEST.EVAL_PERIOD", "TEST.EXPECTED_RESULTS"}
 
 
 def config_identity(cfg: CfgNode, config_file: str = "") -> dict[str, str]:
     """Path of the config file as it was given, and SHA-256 of the settings that decide about numbers.
 
     Settings count where they differ from the defaults: a key that is new, and off, changes no hash. Left out are those
-    that say where and how often something is done (`_WITHOUT_EFFECT`), MODEL.WEIGHTS and SEED, which have fields of their own.
+    that say where and how often something is done (`WITHOUT_EFFECT`), MODEL.WEIGHTS and SEED, which have fields of their own.
 
     Args:
         cfg: as `setup_cfg` returns it: the trainer's own depends on the number of processes and images.
     """
     defaults = get_cfg()
     add_objssl_config(defaults)
-    usual = _flatten(defaults)
-    settings = {k: v for k, v in _flatten(cfg).items() if k not in _WITHOUT_EFFECT and usual.get(k) != v}
+    usual = flatten_config(defaults)
+    settings = {k: v for k, v in flatten_config(cfg).items() if k not in WITHOUT_EFFECT and usual.get(k) != v}
     return {"file": config_file, "sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()}
 
 
-def _flatten(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+def flatten_config(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
     """Settings by their full key; sequences as lists."""
     flat: dict[str, Any] = {}
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten_config(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = json.loads(json.dumps(value))
     return flat

@@ -28,7 +28,7 @@ from PIL import Image
 
 from d2_objssl.config import add_objssl_config
 from d2_objssl.data import ObjSSLDatasetMapper, build_test_loader, build_train_loader
-from d2_objssl.data.bad_images import BadImages, StrictMapper, printable
+from d2_objssl.data.bad_images import BadImages, StrictMapper, are_too_many, printable
 from d2_objssl.data.build import MappedDataset
 from d2_objssl.data.datasets import load_images
 from d2_objssl.data.image_reading import read_rgb_image
@@ -453,6 +453,22 @@ def test_bad_images_are_listed_once_and_too_many_stop_the_run(tmp_path, catalog,
     assert bad.num_bad > 10 and f"{bad.num_bad} of {bad.num_seen} images" in bad.summary()
     lines = [line.split("\t") for line in (tmp_path / "bad.tsv").read_text().splitlines()]
     assert len({path for path, _ in lines}) == len(lines) <= 6 and all("cannot identify" in why for _, why in lines)
+
+
+def test_chance_does_not_stop_a_run_whose_share_is_allowed():
+    """3.5 and 4.5 % at a limit of 5 %, in 400 orders; 7 % do stop it, and so do bad images alone, at once."""
+    rng = np.random.default_rng(0)
+
+    def stops_at(share: float, num_images: int = 20_000) -> int | None:
+        bad = (rng.random(num_images) < share).cumsum()
+        # Asked at every bad image, as in a run.
+        asked = np.flatnonzero(np.diff(bad, prepend=0))
+        return next((int(i) + 1 for i in asked if are_too_many(int(bad[i]), int(i) + 1, 0.05)), None)
+
+    assert all(stops_at(share, 5_000) is None for share in (0.035, 0.045) for _ in range(200))
+    assert all(stops_at(0.07) is not None for _ in range(20))
+    assert stops_at(1.0) == 11 and are_too_many(11, 10**6, 0.0)
+    assert not are_too_many(10, 10, 0.0) and not are_too_many(100, 100, 1.0)
 
 
 def test_several_processes_and_resumed_runs_share_one_list(tmp_path):

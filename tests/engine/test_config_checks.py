@@ -1,6 +1,7 @@
 """Mistakes in a config: all of them in one message, before anything is read or written."""
 
 import logging
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from d2_objssl import add_objssl_config
 from d2_objssl.engine import Trainer, setup_cfg
 from d2_objssl.engine.config_checks import check_config, find_mistakes, run_checks
 from d2_objssl.engine.disk_space import DiskSpace, checkpoint_bytes
+from d2_objssl.load_guard import input_contract, stored_contract
 
 QUICK = str(REPO_ROOT / "configs" / "quick" / "slotcon_R_18_scenes.yaml")
 
@@ -46,6 +48,16 @@ BROKEN: list[tuple[str, str, str]] = [
     ("SOLVER.MAX_ITER", "10", "SOLVER.WARMUP_ITERS is 20; it must be less than SOLVER.MAX_ITER, 10"),
     ("SOLVER.WARMUP_ITERS", "20", "SOLVER.WARMUP_ITERS is 20; it must be less than SOLVER.MAX_ITER, 10"),
     ("SOLVER.CHECKPOINT_PERIOD", "0", "SOLVER.CHECKPOINT_PERIOD is 0; it must be more than 0"),
+    ("MODEL.RESNETS.NORM", "SynBN", 'MODEL.RESNETS.NORM is "SynBN"; known: "", BN, FrozenBN, GN'),
+    ("SOLVER.LR_SCHEDULER_NAME", "WarmupCosine", "did you mean WarmupCosineLR"),
+    ("DATALOADER.SAMPLER_TRAIN", "Bar", 'SAMPLER_TRAIN is "Bar"; known: RepeatFactorTrainingSampler, TrainingSampler'),
+    ("DATALOADER.NUM_WORKERS", "-1", "DATALOADER.NUM_WORKERS is -1; it must be at least 0"),
+    (
+        "INPUT.SSL.CROP_RATIO",
+        "(0.0, 0.0)",
+        "INPUT.SSL.CROP_RATIO is (0.0, 0.0); it must be two numbers, the smaller one first, both",
+    ),
+    ("OUTPUT_DIR", "out?put", 'OUTPUT_DIR is "out?put"; it must not have a "?"'),
 ]
 
 
@@ -60,6 +72,62 @@ def test_all_mistakes_are_in_one_message() -> None:
 
 def test_tools_that_do_not_train_may_have_other_values() -> None:
     assert setup_cfg(QUICK, ["SOLVER.MAX_ITER", "0", "DATASETS.TRAIN", "()"]).SOLVER.MAX_ITER == 0
+
+
+def test_data_sets_whose_files_are_missing_are_listed_with_the_rest(tmp_path: Path, catalog: Any) -> None:
+    """What cannot even be registered, and what can."""
+    voc, folders = f"voc:{tmp_path}/none:train", f"folders:{tmp_path}/none"
+    names = f"('{voc}', '{folders}', 'coco_2017_train_images')"
+    opts = ["DATASETS.TRAIN", names, "DATASETS.TEST", "('coco_2017_val',)", "INPUT.FORMAT", "BGR"]
+    with pytest.raises(ValueError, match=r"^5 mistakes in the config") as error:
+        setup_cfg(QUICK, opts, for_training=True)
+    text = str(error.value)
+    assert f'DATASETS.TRAIN names "{voc}": There is no folder {tmp_path}/none/Annotations' in text
+    assert (
+        f'DATASETS.TRAIN names "{folders}", but there is no {tmp_path}/none:' in text
+        and 'INPUT.FORMAT is "BGR"' in text
+    )
+    assert re.search(r'DATASETS.TRAIN names "coco_2017_train_images", but there is no \S+/coco/train2017:', text)
+    assert re.search(r'DATASETS.TEST names "coco_2017_val", but there is no \S+\.json and no', text)
+    with pytest.raises(ValueError, match=r"^1 mistake in the config"):  # tools that do not train may not need the files
+        setup_cfg(QUICK, opts)
+
+
+def test_weights_of_another_input_are_listed_with_the_rest(tmp_path: Path, monkeypatch: Any) -> None:
+    good = finetune_cfg(tmp_path)
+    contract = {"input_contract": {**input_contract(good), "format": "BGR", "depth": 101}}
+    weights = tmp_path / "w.pth"
+    torch.save({"model": {"a": torch.zeros(1)}, "d2_objssl": contract}, weights)
+    opts = ("MODEL.WEIGHTS", str(weights), "SOLVER.WARMUP_ITERS", 9)
+    first, second = find_mistakes(finetune_cfg(tmp_path, *opts))
+    assert f"the input contract of MODEL.WEIGHTS {weights} is not that" in first
+    assert "INPUT.FORMAT is RGB, the checkpoint was trained on BGR" in first and "DEPTH is 50" in first
+    assert "SOLVER.WARMUP_ITERS is 9" in second
+    cfg = finetune_cfg(tmp_path, "MODEL.WEIGHTS", str(weights))
+    monkeypatch.setattr("d2_objssl.engine.config_paths.load_checkpoint", lambda path: pytest.fail("read once more"))
+    assert find_mistakes(cfg) == [first]
+    (tmp_path / "model_0000002.pth").touch()
+    assert not find_mistakes(cfg), "a run that is resumed does not read MODEL.WEIGHTS"
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights"])
+def test_weights_that_cannot_be_read_are_left_to_the_loading(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "w.pth").write_bytes(content)
+    for query in ("", "?matching_heuristics=True"):
+        assert not find_mistakes(finetune_cfg(tmp_path, "MODEL.WEIGHTS", f"{tmp_path}/w.pth{query}"))
+
+
+def test_weights_of_other_projects_are_compared_by_their_layout() -> None:
+    assert stored_contract({"conv1.weight": torch.zeros(1), "layer1.0.conv1.weight": torch.zeros(1)})["format"] == "RGB"
+    assert not stored_contract({"a": torch.zeros(1)}) and not stored_contract({"d2_objssl": "?", "model": {}})
+
+
+def test_without_resume_old_checkpoints_do_not_replace_missing_weights(tmp_path: Path) -> None:
+    (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
+    cfg = finetune_cfg(tmp_path, "MODEL.WEIGHTS", "gone.pth")
+    assert not find_mistakes(cfg) and not find_mistakes(cfg, resume=True)
+    (mistake,) = find_mistakes(cfg, resume=False)
+    assert mistake == 'MODEL.WEIGHTS is "gone.pth"; there is no such file'
 
 
 def test_the_trainer_checks_before_it_reads_the_data(photos: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -92,7 +160,7 @@ def test_mistakes_of_fine_tuning(tmp_path: Path) -> None:
     assert not find_mistakes(finetune_cfg(tmp_path, "MODEL.WEIGHTS", "https://example.org/r50.pkl"))
     default = get_cfg()
     add_objssl_config(default)
-    default.DATASETS.TRAIN = ("coco_2017_train",)
+    default.DATASETS.TRAIN = ("scenes_train",)
     assert not find_mistakes(default), "Detectron2's own defaults are for its own weights"
 
 
@@ -121,6 +189,11 @@ def test_what_is_only_odd_is_a_warning(photos: Path, tmp_path: Path, caplog: Any
     assert all(key in text for key in ("STRIDE_IN_1X1", "EVAL_PERIOD is 5", "only 16 cells", "NUM_REGIONS is 18"))
 
 
+def test_more_prototypes_than_cells_are_odd(photos: Path, tmp_path: Path, caplog: Any) -> None:
+    check_config(pretrain_cfg(photos, tmp_path, "MODEL.SSL.SLOTCON.NUM_PROTOTYPES", 33, "INPUT.SSL.CROP_SIZE", 60))
+    assert "NUM_PROTOTYPES is 33, but the views of a batch have only 32 cells of 32 pixels" in caplog.text
+
+
 def test_run_checks_collects_what_each_check_raises() -> None:
     def refuse(text: str) -> None:
         raise ValueError(text)
@@ -144,12 +217,15 @@ def test_checkpoint_bytes_are_those_of_a_checkpoint(photos: Path, folder: Path) 
 
 @pytest.mark.parametrize(
     ("start", "keep", "num_old", "expected"),
-    [(0, None, 0, 11), (50, None, 5, 6), (0, 3, 0, 5), (50, 3, 3, 2), (100, 3, 3, 1)],
+    [(0, None, 0, 11), (50, None, 5, 6), (0, 3, 0, 5), (50, 3, 3, 2), (0, None, 10, 2), (0, 3, 10, 1), (50, 3, 10, 1)],
 )
 def test_number_of_checkpoints_that_need_room(start: int, keep: int | None, num_old: int, expected: int) -> None:
+    """Those that replace others, or let others be deleted, need it only until these are gone."""
     hook = DiskSpace("", 10, keep)
     hook.trainer = SimpleNamespace(start_iter=start, max_iter=100)
-    assert hook._count_new_checkpoints(num_old) == expected
+    old = {f"model_{i:07d}.pth": i for i in range(9, 10 * num_old, 10)}
+    assert hook._growth(1000, old, dict.fromkeys(old, 1000)) == 1000 * expected
+    assert hook._growth(1000, old, dict.fromkeys([*old, "model_final.pth"], 1000)) == 1000 * max(expected - 1, 1)
 
 
 def test_a_disk_that_is_too_small_is_found_before_the_first_step(photos: Path, folder: Path, monkeypatch: Any) -> None:
@@ -161,3 +237,17 @@ def test_a_disk_that_is_too_small_is_found_before_the_first_step(photos: Path, f
     ):
         trainer.train()
     assert not list(folder.glob("model*")) and trainer.iter == 0
+    for name in ("round_0001", "round_0002.partial"):  # 20 images in each round
+        (folder / "regions" / name / "maps").mkdir(parents=True)
+        for i in range(15):
+            (folder / "regions" / name / "maps" / f"{i}.png").touch()
+    hook = next(h for h in trainer._hooks if isinstance(h, DiskSpace))
+    with pytest.raises(OSError, match=r"3 checkpoints of.* 40,960 bytes of region masks"):
+        hook.before_train()
+
+
+def test_a_finished_run_needs_no_room(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    hook = DiskSpace(str(tmp_path), 10, num_masks=1000)
+    hook.trainer = SimpleNamespace(start_iter=100, max_iter=100)
+    hook.before_train()

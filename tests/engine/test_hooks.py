@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Collection
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -145,11 +146,12 @@ def test_different_networks_are_refused() -> None:
 
 @pytest.mark.parametrize(("period", "also_before", "last"), [(4, {3, 4}, [2, 3, "final"]), (3, (), [2, "final", 5])])
 def test_checkpoints_are_also_written_before_certain_iterations(
-    period: int, also_before: Collection[int], last: list[int | str]
+    tmp_path: Path, period: int, also_before: Collection[int], last: list[int | str]
 ) -> None:
     """The final one comes first: behind a numbered one of the same iteration, a killed run would never write it."""
     saved = []
     checkpointer = SimpleNamespace(
+        save_dir=str(tmp_path),
         save=lambda name, **state: saved.append((name, state["iteration"])),
         save_to_disk=True,
         get_checkpoint_file=lambda: f"{saved[-1][0]}.pth",

@@ -55,6 +55,46 @@ def test_unknown_keys_and_wrong_types_are_listed_together(tmp_path):
     assert "SEED" in lines[4] and "many" in lines[4]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "must have keys of the config and their values as YAML"),
+        (b"just text", "must have keys"),
+        (b"- SEED", "must have keys"),
+        (b"\xff\xfe\x00", "must have keys"),
+        (b"MODEL: {WEIGHTS: [1,", r"must have keys(?s:.*)while parsing"),
+        (b"_BASE_: nope.yaml", r"must have keys.*nope\.yaml"),
+        (
+            b"MODEL: 3",
+            r"1 mistake in the config:\n 1\. MODEL \(\S+\): it is 3; it must have keys below it, such as MODEL\.\S+$",
+        ),
+        (b"SOLVER: [a]", r"1 mistake in the config:\n 1\. SOLVER \(\S+\): it is \['a'\]; it must have keys below"),
+        (b"SEED: {A: 1}", r"1 mistake in the config:\n 1\. SEED\.A \(\S+\): there is no such key"),
+    ],
+)
+def test_a_config_file_that_is_none_is_named(tmp_path, content, message):
+    file = tmp_path / "odd.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        setup_cfg(str(file), [])
+    assert str(file) in str(error.value)
+
+
+def test_tuples_of_old_config_files_are_read(tmp_path):
+    file = tmp_path / "old.yaml"
+    file.write_text("VERSION: 2\nINPUT: {SSL: {CROP_SCALE: !!python/tuple [0.2, 1.0]}}\n")
+    assert setup_cfg(str(file), []).INPUT.SSL.CROP_SCALE == (0.2, 1.0)
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    opts = ["MODEL.WEIGHTS", "~/w.pth", "OUTPUT_DIR", "~/run", "INPUT.REGIONS.ROOT", "~/maps"]
+    cfg = setup_cfg(QUICK, opts)
+    found = [cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, cfg.INPUT.REGIONS.ROOT]
+    assert found == [f"{tmp_path}/{name}" for name in ("w.pth", "run", "maps")]
+    assert setup_cfg(QUICK, ["MODEL.WEIGHTS", "detectron2://a~b"]).MODEL.WEIGHTS == "detectron2://a~b"
+
+
 def test_a_key_without_value_is_named():
     with pytest.raises(ValueError, match=r"KEY VALUE pairs.*'OUTPUT_DIR'\] are 3 words"):
         setup_cfg(QUICK, ["SEED", "7", "OUTPUT_DIR"])
@@ -272,6 +312,16 @@ def test_evaluation_of_nothing_is_refused(load_tool, tmp_path):
     train_net.default_setup = lambda cfg, args: None  # it would redirect the log of the tests
     with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS is empty"):
         train_net.main(args)
+
+
+def test_the_tool_says_whether_it_resumes(load_tool, tmp_path, monkeypatch):
+    """Weights with a mistyped name are found before anything is built, old checkpoints or not."""
+    train_net = load_tool("train_net")
+    monkeypatch.setattr(train_net, "default_setup", lambda cfg, args: pytest.fail("too late"))
+    (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
+    arguments = ["--config-file", QUICK, "OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", "gone.pth"]
+    with pytest.raises(ValueError, match=r'MODEL\.WEIGHTS is "gone\.pth"; there is no such file'):
+        train_net.main(default_argument_parser().parse_args(arguments))
 
 
 def test_whole_number_is_accepted_for_a_float() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -21,11 +22,13 @@ from detectron2.engine import HookBase
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import get_event_storage
 from killed_runs import losses_of, start_child
 from multiprocess import run_in_processes
 from test_resume import log_of, run, start
 from tiny_cyborgs import cyborgs_cfg
 from tiny_runs import assert_identical, final_checkpoint, finetune_cfg, pretrain_cfg, train
+from torch import nn
 
 from d2_objssl.distributed import DelayedMax
 from d2_objssl.engine import Trainer
@@ -120,6 +123,39 @@ def test_signal_in_an_evaluation(folder: Path) -> None:
     assert checkpoints_in(folder / "run") == [2]
     lines = [json.loads(line) for line in (folder / "run" / "metrics.json").read_text().splitlines()]
     assert any("bbox/AP" in line for line in lines)
+
+
+def test_signal_before_an_evaluation(folder: Path) -> None:
+    """It stops the run in step 2, behind which an evaluation is due and no checkpoint: the resumed run makes it first."""
+    opts = ("DATASETS.TEST", ("scenes_tiny_val",), "TEST.EVAL_PERIOD", 3, "SOLVER.MAX_ITER", 4)
+    opts = (*opts, "SOLVER.CHECKPOINT_PERIOD", 100)
+    evaluated: dict[str, list[tuple[int, str]]] = {"whole": [], "parts": []}
+
+    class Recording(Trainer):
+        @classmethod
+        def test(cls, cfg: CfgNode, model: nn.Module) -> Any:  # type: ignore[override]
+            digest = hashlib.sha256()
+            for tensor in model.state_dict().values():
+                digest.update(tensor.numpy().tobytes())
+            evaluated[Path(cfg.OUTPUT_DIR).name].append((get_event_storage().iter, digest.hexdigest()))
+            return super().test(cfg, model)
+
+    def start_run(name: str, *, resume: bool = False, stop: int = -1) -> None:
+        seed_all_rng(12345 if resume else 0)
+        (folder / name).mkdir(exist_ok=True)
+        trainer = Recording(finetune_cfg(folder / name, *opts))
+        trainer.register_hooks([SignalAt(stop, signal.SIGTERM)])
+        trainer.resume_or_load(resume=resume)
+        trainer.train()
+
+    start_run("whole")
+    with pytest.raises(Preempted):
+        start_run("parts", stop=2)
+    assert not evaluated["parts"]
+    start_run("parts", resume=True)
+    assert [iteration for iteration, _ in evaluated["whole"]] == [2, 4]
+    assert evaluated["parts"] == evaluated["whole"], "after the same iterations, with the same weights and statistics"
+    assert_identical(final_checkpoint(folder / "parts"), final_checkpoint(folder / "whole"))
 
 
 @pytest.mark.slow

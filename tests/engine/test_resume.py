@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,9 @@ from detectron2.config import CfgNode
 from killed_runs import losses_of, method_cfg, run_in_child
 from tiny_runs import assert_identical, final_checkpoint, finetune_cfg, pretrain_cfg, train
 from tiny_slotcon import REPO_ROOT
+
+from d2_objssl.checkpoint import CheckpointError
+from d2_objssl.engine import Trainer
 
 MakeCfg = Callable[..., CfgNode]
 
@@ -127,6 +131,104 @@ def test_resuming_with_other_data_is_warned_about(photos, folder, caplog):
     train(pretrain_cfg(photos_now, folder / "run", "SOLVER.IMS_PER_BATCH", 2), resume=True)
     assert "began with num_images 20, now it is 13" in caplog.text
     assert "began with total_batch_size 4, now it is 2" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------- with another config
+
+ONE_CYCLE = ("SOLVER.OPTIMIZER", "ADAMW", "SOLVER.LR_SCHEDULER_NAME", "OneCycleLR", "SOLVER.WARMUP_FACTOR", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("opts", "changes"),
+    [
+        ((), {"BASE_LR": 0.001, "MOMENTUM": 0.5, "WEIGHT_DECAY": 0.01, "LARS_TRUST_COEFFICIENT": 0.1}),
+        ((), {"MAX_ITER": 8, "WARMUP_ITERS": 4}),
+        (ONE_CYCLE, {"BASE_LR": 0.001, "WEIGHT_DECAY": 0.01, "ADAMW_BETAS": [0.8, 0.99]}),
+        (ONE_CYCLE, {"MAX_ITER": 8}),
+    ],
+    ids=["lars, cosine", "length", "adamw, one cycle", "one cycle, length"],
+)
+def test_a_resumed_run_follows_its_config(photos, folder, caplog, opts, changes):
+    """From iteration 3 on, rates and settings are those of a run that had the new config from the start."""
+    caplog.set_level("WARNING", "d2_objssl")
+    new = [x for key, value in changes.items() for x in (f"SOLVER.{key}", value)]
+    train(pretrain_cfg(photos, folder, *opts), kill_before=3)
+    resumed, fresh = (Trainer(pretrain_cfg(photos, folder, *opts, *new, "VIS_PERIOD", 77)) for _ in range(2))
+    resumed.resume_or_load(resume=True)
+    assert "The config is not that of model_0000002.pth: " in caplog.text and "VIS_PERIOD" not in caplog.text
+    assert all(f"SOLVER.{key} " in caplog.text and f" -> {value}" in caplog.text for key, value in changes.items())
+    for _ in range(3):
+        fresh.optimizer.step()  # without gradients: nothing moves
+        fresh.scheduler.step()
+    assert_identical(*(trainer.optimizer.state_dict()["param_groups"] for trainer in (resumed, fresh)))
+    assert_identical(*(trainer.scheduler.state_dict() for trainer in (resumed, fresh)))
+    assert resumed.optimizer.state_dict()["state"], "the momenta are there"
+
+
+def test_resuming_with_an_equal_config_warns_of_nothing(photos, folder, caplog):
+    caplog.set_level("WARNING", "d2_objssl.engine.resuming")
+    train(pretrain_cfg(photos, folder / "run"), kill_before=3)
+    shutil.move(folder / "run", folder / "moved")
+    train(pretrain_cfg(photos, folder / "moved", "SOLVER.MAX_TO_KEEP", 3), resume=True)
+    assert not [r for r in caplog.records if r.name == "d2_objssl.engine.resuming"]
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (("SOLVER.OPTIMIZER", "ADAMW"), r'SOLVER.OPTIMIZER is "ADAMW".*model_0000002.pth has "LARS"'),
+        (
+            ("SOLVER.LR_SCHEDULER_NAME", "OneCycleLR", "SOLVER.WARMUP_FACTOR", 0.1),
+            r'SOLVER.LR_SCHEDULER_NAME is "OneCycleLR".*has "WarmupCosineLR"',
+        ),
+        (("SOLVER.WEIGHT_DECAY_BIAS", 0.5), r"momenta for groups of .*SOLVER.WEIGHT_DECAY\*"),
+        (
+            ("SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 0),
+            r"model_0000002.pth was written after 3 .*SOLVER.MAX_ITER is 2",
+        ),
+    ],
+    ids=["optimiser", "schedule", "groups", "length"],
+)
+def test_a_config_that_a_run_cannot_go_on_with_is_refused(photos, folder, opts, message):
+    train(pretrain_cfg(photos, folder), kill_before=3)
+    with pytest.raises(ValueError, match=message):
+        Trainer(pretrain_cfg(photos, folder, *opts)).resume_or_load(resume=True)
+
+
+# ---------------------------------------------------------------------------------------- in the folder of another run
+
+
+def test_an_earlier_runs_checkpoints_are_not_resumed_from(photos, folder, caplog):
+    """A new run in its folder is killed before its first checkpoint, then resumed, then its own checkpoint is damaged."""
+    caplog.set_level("INFO", "d2_objssl")
+    train(pretrain_cfg(photos, folder / "run", "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 1))
+    assert "earlier run" not in caplog.text
+    names = {path.name for path in (folder / "run").glob("model_*.pth")}
+    cfg = pretrain_cfg(photos, folder / "run", "SOLVER.MAX_TO_KEEP", 1)
+    train(cfg, kill_before=1)
+    assert "has 5 checkpoints of an earlier run, model_0000000.pth to model_final.pth" in caplog.text
+    assert {path.name for path in (folder / "run").glob("model_*.pth")} == names, "nothing is deleted"
+    assert list(train(cfg, resume=True, kill_before=4)) == [0, 1, 2, 3]
+    assert "no checkpoint of this run to resume from: it starts from the beginning" in caplog.text
+    assert list(train(cfg, resume=True, kill_before=5)) == [3, 4], "a file that was written anew counts"
+    own = folder / "run" / "model_0000002.pth"
+    own.write_bytes(own.read_bytes()[:100_000])
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read") as caught:
+        Trainer(cfg).resume_or_load(resume=True)
+    assert str(caught.value).count(".pth: ") == 1, "the others are not tried"
+    train(cfg)
+    left = {path.name for path in (folder / "run").glob("model_*.pth")}
+    assert left == names - {own.name} | {"model_0000005.pth"}, "MAX_TO_KEEP is about the run's own"
+
+
+def test_a_run_that_does_not_start_leaves_the_earlier_one_as_it_was(photos, folder, monkeypatch):
+    """Not enough space on the disk: --resume still goes on with the run before."""
+    train(pretrain_cfg(photos, folder), kill_before=4)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+        with pytest.raises(OSError, match="10 bytes free"):
+            train(pretrain_cfg(photos, folder))
+    assert min(train(pretrain_cfg(photos, folder), resume=True)) == 3
 
 
 # ----------------------------------------------------------------------------------------- processes, really killed

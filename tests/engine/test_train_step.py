@@ -8,6 +8,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -71,6 +72,17 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(tmp_path: Path
     assert len(recorder.weights) == 2 and not torch.equal(recorder.weights[0], recorder.weights[1])
     assert torch.equal(step.model.layer.weight, recorder.weights[1])
     assert all(v.isfinite().all() for state in step.optimizer.state.values() for v in state.values())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("basic_ios::clear\nC++ stack")])
+def test_a_full_disk_does_not_hide_what_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(torch, "save", Mock(side_effect=error))
+    message = r"(?s)^The gradient became infinite or NaN at iteration 0: .*could not be saved.*(No space|ios::clear)\b.*none was"
+    with pytest.raises(FloatingPointError, match=message) as caught:
+        make_step(tmp_path, lambda i: math.nan).train(0, 1)
+    assert "C++ stack" not in str(caught.value)
 
 
 def stop_of_a_process(dtype: torch.dtype | None) -> str:

@@ -4,7 +4,10 @@ import json
 import logging
 import math
 import os
+import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +18,11 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase, hooks
 from detectron2.utils.events import EventStorage
-from tiny_runs import finetune_cfg, pretrain_cfg, train
+from tiny_runs import assert_identical, final_checkpoint, finetune_cfg, pretrain_cfg, train
 
 from d2_objssl.data import SSLBatch
 from d2_objssl.engine import EMATeacher, RandomState, Trainer
-from d2_objssl.engine.hooks import Checkpoints, PreciseBN
+from d2_objssl.engine.hooks import Checkpoints, Evaluation, PreciseBN
 from d2_objssl.engine.train_step import amp_dtype
 
 
@@ -85,10 +88,10 @@ def test_pictures_are_logged(photos, folder, monkeypatch):
 def test_order_of_the_hooks(photos, folder):
     """The teacher moves before the checkpoint is written, the generators are read after all else has drawn."""
     kinds = [type(h) for h in Trainer(pretrain_cfg(photos, folder)).build_hooks() if h is not None]
-    order = [EMATeacher, hooks.LRScheduler, RandomState, Checkpoints, hooks.EvalHook]
+    order = [EMATeacher, hooks.LRScheduler, RandomState, Checkpoints, Evaluation]
     assert [k for k in kinds if k in order] == order
     finetune = [type(h) for h in Trainer(finetune_cfg(folder, "TEST.PRECISE_BN.ENABLED", True)).build_hooks()]
-    order = [PreciseBN, RandomState, Checkpoints, hooks.EvalHook]
+    order = [PreciseBN, RandomState, Checkpoints, Evaluation]
     assert [k for k in finetune if k in order] == order
     assert EMATeacher not in finetune and hooks.PreciseBN not in finetune
 
@@ -236,6 +239,35 @@ def test_results_of_the_last_evaluation_are_returned(folder):
     trainer = Trainer(finetune_cfg(folder, *test, "TEST.EXPECTED_RESULTS", [["bbox", "AP", 50.0, 60.0]]))
     results = trainer.train()
     assert "AP" in results["bbox"]
+
+
+def test_the_folder_is_locked_until_the_last_evaluation_is_over(folder, monkeypatch):
+    """For other processes: the operating system's locks are those of a process."""
+    command = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'ab'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    errors = []
+
+    def try_to_lock(*_: Any) -> dict[str, Any]:
+        other = [sys.executable, "-c", command, str(folder / ".train.lock")]
+        errors.append(subprocess.run(other, stderr=subprocess.PIPE, text=True).stderr)
+        return {}
+
+    monkeypatch.setattr(Trainer, "test", try_to_lock)
+    train(finetune_cfg(folder, "SOLVER.MAX_ITER", 1, "SOLVER.WARMUP_ITERS", 0))
+    try_to_lock()
+    during, after = errors
+    assert "BlockingIOError" in during and after == ""
+
+
+def test_training_does_not_depend_on_evaluations(folder, monkeypatch):
+    """RoI sampling draws from the generator that an evaluation has used; no checkpoint lies between them."""
+    monkeypatch.setattr(
+        Trainer, "test", lambda *_: {"drawn": random.random() + np.random.rand() + torch.rand(1).item()}
+    )
+    opts = ("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 100)
+    losses = [train(finetune_cfg(folder / str(period), *opts, "TEST.EVAL_PERIOD", period)) for period in (0, 2)]
+    assert losses[0] == losses[1]
+    never, every = (final_checkpoint(folder / str(period))["trainer"]["hooks"]["RandomState"] for period in (0, 2))
+    assert_identical(never, every)
 
 
 @pytest.fixture
