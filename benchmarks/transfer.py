@@ -78,7 +78,16 @@ class Task:
         return self.methods.get(method) or METHODS[method]
 
 
-_SEM_SEG = {"sem_seg/mIoU": "mIoU", "sem_seg/pACC": "pixel accuracy"}
+def _camvid(model: str, finetune_config: str) -> Task:
+    return Task(
+        summary=f"{model} on camvid_train_sem_seg (367 images), mIoU on camvid_val_sem_seg (101 images)",
+        datasets=("camvid_train_sem_seg", "camvid_val_sem_seg"),
+        pretrain_opts=("DATASETS.TRAIN", "('camvid_train_sem_seg',)"),
+        finetune_config=finetune_config,
+        metrics={"sem_seg/mIoU": "mIoU", "sem_seg/pACC": "pixel accuracy"},
+    )
+
+
 TASKS = {
     "scenes": Task(
         summary="Mask R-CNN R18-FPN on scenes_train (100 images), AP on scenes_val (100 images)",
@@ -87,27 +96,9 @@ TASKS = {
         finetune_config="configs/quick/mask_rcnn_R_18_FPN_scenes.yaml",
         metrics={"bbox/AP": "box AP", "segm/AP": "mask AP"},
     ),
-    "camvid": Task(
-        summary="semantic FPN R18 on camvid_train_sem_seg (367 images), mIoU on camvid_val_sem_seg (101 images)",
-        datasets=("camvid_train_sem_seg", "camvid_val_sem_seg"),
-        pretrain_opts=("DATASETS.TRAIN", "('camvid_train_sem_seg',)"),
-        finetune_config="configs/quick/sem_seg_R_18_FPN_camvid.yaml",
-        metrics=_SEM_SEG,
-    ),
-    "camvid_fcn": Task(
-        summary="FCN R18 on camvid_train_sem_seg (367 images), mIoU on camvid_val_sem_seg (101 images)",
-        datasets=("camvid_train_sem_seg", "camvid_val_sem_seg"),
-        pretrain_opts=("DATASETS.TRAIN", "('camvid_train_sem_seg',)"),
-        finetune_config="configs/quick/fcn_R_18_camvid.yaml",
-        metrics=_SEM_SEG,
-    ),
-    "camvid_linear": Task(
-        summary="linear probe of a frozen R18 on camvid_train_sem_seg (367 images), mIoU on camvid_val_sem_seg (101 images)",
-        datasets=("camvid_train_sem_seg", "camvid_val_sem_seg"),
-        pretrain_opts=("DATASETS.TRAIN", "('camvid_train_sem_seg',)"),
-        finetune_config="configs/quick/linear_R_18_camvid.yaml",
-        metrics=_SEM_SEG,
-    ),
+    "camvid": _camvid("semantic FPN R18", "configs/quick/sem_seg_R_18_FPN_camvid.yaml"),
+    "camvid_fcn": _camvid("FCN R18", "configs/quick/fcn_R_18_camvid.yaml"),
+    "camvid_linear": _camvid("linear probe of a frozen R18", "configs/quick/linear_R_18_camvid.yaml"),
     "bccd": Task(
         summary="Faster R-CNN R18-FPN on bccd_train (205 images), AP on bccd_test (72 images)",
         datasets=("bccd_train", "bccd_test"),
