@@ -239,12 +239,13 @@ def main(args: argparse.Namespace) -> None:
     record: dict[str, Any] = {"task": "soak", "seed": args.seed}
     memory: dict[str, dict[str, float]] = {}
     with _work_folder(args.folder) as folder:
-        if args.kills > 0:
-            kills = soak_kills(args.kills, args.methods, folder / "kills", random.Random(args.seed))
-            record["kills"] = {"total": sum(c["kills"] for c in kills.values()), "by_method": kills}
+        # First: what is left of killed processes shares pages with this one, and their part grows when those end.
         if args.iterations > 0:
             memory = soak_memory(args.iterations, folder / "memory")
             record["memory"] = {"iterations": args.iterations, "max_growth": MAX_GROWTH, "processes": memory}
+        if args.kills > 0:
+            kills = soak_kills(args.kills, args.methods, folder / "kills", random.Random(args.seed))
+            record["kills"] = {"total": sum(c["kills"] for c in kills.values()), "by_method": kills}
     if args.output:
         write_record(args.output, record)
     for name, figures in memory.items():
