@@ -31,6 +31,7 @@ from .load_guard import (
     check_input_contract,
     compare_contracts,
     input_contract,
+    stored_contract,
 )
 from .weight_files import CheckpointError, file_sha256, load_checkpoint, write_atomically, write_checkpoint
 from .weight_names import (
@@ -310,12 +311,8 @@ class ObjSSLCheckpointer(DetectionCheckpointer):
         return rest
 
     def _check_contract(self, checkpoint: Mapping[str, Any], path: str) -> None:
-        if self.metadata is None:
-            return
-        stored = (checkpoint.get("d2_objssl") or {}).get("input_contract")
-        if stored is None:
-            stored = LAYOUT_CONTRACTS.get(_layout(checkpoint) or "", {})
-        compare_contracts(stored, self.metadata["input_contract"], path)
+        if self.metadata is not None:
+            compare_contracts(stored_contract(checkpoint), self.metadata["input_contract"], path)
 
 
 def _layout(checkpoint: Mapping[str, Any]) -> str | None:
